@@ -1,7 +1,8 @@
 """Builds the two extensions on torch's stable ABI: one wheel for any Python >= 3.10 and any torch >= 2.10.
 
-``_C`` is the CPU code, ``_C_cuda`` the CUDA code. CUDA is built when torch was built with it and nvcc is found, never because a GPU is
-visible; ``USE_CUDA=0`` leaves it out, ``TORCH_CUDA_ARCH_LIST`` chooses the cards. Without a compiler the package installs all the same and
+``_C`` is the CPU code, ``_C_cuda`` the CUDA code. CUDA is built when torch was built with it and nvcc is found, never
+because a GPU is visible; ``USE_CUDA=0`` leaves it out, ``TORCH_CUDA_ARCH_LIST`` chooses the cards. Without a compiler
+the package installs all the same and
 runs in eager PyTorch, which ``qts doctor`` and the first op called will say.
 """
 

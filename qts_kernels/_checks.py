@@ -16,7 +16,8 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_tensor(
     name: str, x: Tensor, ndim: int | Sequence[int], layout: str, dtypes: Sequence[torch.dtype] = FLOATING
 ) -> None:
-    """Raise TypeError unless ``x`` is a tensor of one of ``dtypes``; ValueError unless its rank is ``ndim``. ``layout`` names its axes."""
+    """Raise TypeError unless ``x`` is a tensor of one of ``dtypes``; ValueError unless its rank is ``ndim``.
+    ``layout`` names its axes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, got {type(x).__name__}")
     ranks = (ndim,) if isinstance(ndim, int) else tuple(ndim)

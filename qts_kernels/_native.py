@@ -1,7 +1,8 @@
 """Loads the compiled extensions on first use, or records why one is absent.
 
-``_C`` holds the CPU code and ``_C_cuda`` the CUDA code, so that a machine without CUDA loads the first alone. Both are built
-on torch's stable ABI and register their kernels under ``qts_kernels_native::*``; neither is a Python module.
+``_C`` holds the CPU code and ``_C_cuda`` the CUDA code, so that a machine without CUDA loads the first alone. Both
+are built on torch's stable ABI and register their kernels under ``qts_kernels_native::*``; neither is a Python
+module.
 """
 
 from functools import cache
@@ -17,7 +18,8 @@ def absent(extension: str) -> str | None:
     """Load ``_C`` or ``_C_cuda``. None when it is loaded, else the reason why not, with the way to get it."""
     files = sorted(Path(__file__).parent.glob(f"{extension}.*so"))
     if not files:
-        return f"{extension} was not built (it needs a C++ compiler{' and nvcc' if 'cuda' in extension else ''} when the package is installed)"
+        needs = "a C++ compiler and nvcc" if extension == "_C_cuda" else "a C++ compiler"
+        return f"{extension} was not built (it needs {needs} when the package is installed)"
     if extension == "_C_cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     try:

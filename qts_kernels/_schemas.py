@@ -1,8 +1,8 @@
 """Every operator's schema and fake: the table of contents of the ops.
 
-Two namespaces. ``qts_kernels::*`` are the ops that autograd and torch.compile see; ``ops/<op>/register.py`` implements them by asking
-``backends`` for an implementation. ``qts_kernels_native::*`` has the same signatures and is what the compiled extensions
-implement. Python owns every schema; C++ owns none.
+Two namespaces. ``qts_kernels::*`` are the ops that autograd and torch.compile see; ``ops/<op>/register.py``
+implements them by asking ``backends`` for an implementation. ``qts_kernels_native::*`` has the same signatures and is
+what the compiled extensions implement. Python owns every schema; C++ owns none.
 
 S segments, T tokens, H heads, Hkv key heads, Dh head size, D model size. cu_seqlens are int32 [S+1]; indices are int64.
 """
@@ -12,14 +12,16 @@ from torch import Tensor
 
 SCHEMAS = {
     # query [Tq, H, Dh], key [Tk, Hkv, Dh], key_scale fp32 [Tk] -> scores fp32 [total_columns], lse fp32 [H, Tq],
-    # argrow int64 [total_columns], h * Tq + query row that attains the maximum (empty unless with_argrow and reduce="max").
+    # argrow int64 [total_columns], h * Tq + query row that attains the maximum (empty unless with_argrow and "max").
     # column_start int32 [S] and cu_columns int32 [S+1] give the wanted columns of each segment; both None: every key.
-    "relevance": "(Tensor query, Tensor key, Tensor? key_scale, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? column_start, "
-    "Tensor? cu_columns, SymInt total_columns, str reduce, float scale, bool causal, bool with_argrow) -> (Tensor, Tensor, Tensor)",
-    # grad fp32 [total_columns] -> grad_query, grad_key like query and key, grad_key_scale fp32 [Tk] (empty without key_scale).
-    "relevance_backward": "(Tensor grad, Tensor query, Tensor key, Tensor? key_scale, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    "Tensor? column_start, Tensor? cu_columns, Tensor scores, Tensor lse, Tensor argrow, str reduce, float scale, bool causal) "
-    "-> (Tensor, Tensor, Tensor)",
+    "relevance": "(Tensor query, Tensor key, Tensor? key_scale, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "Tensor? column_start, Tensor? cu_columns, SymInt total_columns, str reduce, float scale, bool causal, "
+    "bool with_argrow) -> (Tensor, Tensor, Tensor)",
+    # grad fp32 [total_columns] -> grad_query, grad_key like query and key, grad_key_scale fp32 [Tk] (empty without
+    # key_scale).
+    "relevance_backward": "(Tensor grad, Tensor query, Tensor key, Tensor? key_scale, Tensor cu_seqlens_q, "
+    "Tensor cu_seqlens_k, Tensor? column_start, Tensor? cu_columns, Tensor scores, Tensor lse, Tensor argrow, "
+    "str reduce, float scale, bool causal) -> (Tensor, Tensor, Tensor)",
     # x [..., D] -> 1/rms fp32 [...]
     "rms_scale": "(Tensor x, float eps) -> Tensor",
     # scores fp32 [T], n int64 [S] -> indices int64 [min(S * max_n, T)], cu_seqlens_out int32 [S+1]
@@ -29,12 +31,14 @@ SCHEMAS = {
     # scores fp32 [T], rho fp32 [S] -> t fp32 [S]
     "soft_threshold": "(Tensor scores, Tensor rho, Tensor cu_seqlens, float tau) -> Tensor",
     # tokens [T, D], indices int64 [N], addend [N, D], weight [D] -> residual [N, D], normed [N, D], rstd fp32 [N]
-    "gather_add_rms_norm": "(Tensor tokens, Tensor indices, Tensor? addend, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)",
+    "gather_add_rms_norm": "(Tensor tokens, Tensor indices, Tensor? addend, Tensor? weight, float eps) "
+    "-> (Tensor, Tensor, Tensor)",
     # x [N, D], residual [N, D], weight [D] -> sum [N, D], normed [N, D], rstd fp32 [N]
     "add_rms_norm": "(Tensor x, Tensor residual, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor)",
     # grad_normed [N, D], grad_sum [N, D], x [N, D] (the normalised tensor), weight [D], rstd fp32 [N]
     # -> grad_x [N, D] (grad_sum included), grad_weight fp32 [D] (empty without weight)
-    "rms_norm_backward": "(Tensor grad_normed, Tensor? grad_sum, Tensor x, Tensor? weight, Tensor rstd) -> (Tensor, Tensor)",
+    "rms_norm_backward": "(Tensor grad_normed, Tensor? grad_sum, Tensor x, Tensor? weight, Tensor rstd) "
+    "-> (Tensor, Tensor)",
     # x [N, F], bias [F] -> gelu_erf(x + bias) [N, F]
     "bias_gelu": "(Tensor x, Tensor bias) -> Tensor",
     # -> grad_x [N, F], grad_bias fp32 [F]
@@ -92,9 +96,7 @@ def _(
     causal,
 ):
     grad_key_scale = (
-        query.new_empty(0, dtype=statistics_dtype(query))
-        if key_scale is None
-        else torch.empty_like(key_scale)
+        query.new_empty(0, dtype=statistics_dtype(query)) if key_scale is None else torch.empty_like(key_scale)
     )
     return (
         torch.empty_like(query, memory_format=torch.contiguous_format),

@@ -1,6 +1,7 @@
 """Which implementation serves which op on which device; force one in tests; a report for people.
 
-Implementations: ``reference`` (eager PyTorch, everywhere), ``native`` (C++ on the CPU, CUDA C++ on the GPU), ``triton`` (GPU; on the CPU
+Implementations: ``reference`` (eager PyTorch, everywhere), ``native`` (C++ on the CPU, CUDA C++ on the GPU),
+    ``triton`` (GPU; on the CPU
 only in Triton's interpreter, and only where forced). The first available one in the op's order of preference serves.
 """
 
@@ -46,7 +47,8 @@ def register(
     native: tuple[str, ...] = (),
     triton: Callable[[], Callable] | None = None,
 ) -> None:
-    """Declare an op's implementations: ``native`` names the devices whose extension has it, ``triton`` loads its launcher."""
+    """Declare an op's implementations: ``native`` names the devices whose extension has it, ``triton`` loads its
+    launcher."""
     eager = Implementation("reference", lambda: reference, lambda: None)
     for device, extension in (("cpu", "_C"), ("cuda", "_C_cuda")):
         order = []
@@ -122,10 +124,11 @@ def _triton_absent() -> str | None:
 
 @contextmanager
 def force(name: str, op: str | None = None) -> Iterator[None]:
-    """Within the context, ``name`` ("reference", "native" or "triton") serves ``op``, or every op that has it where ``op`` is None.
+    """Within the context, ``name`` ("reference", "native" or "triton") serves ``op``, or every op that has it where
+    ``op`` is None.
 
-    When the op is called this raises RuntimeError where that implementation is not available, and ValueError where a named ``op`` has none of
-    that name on the device.
+    When the op is called this raises RuntimeError where that implementation is not available, and ValueError where a
+    named ``op`` has none of that name on the device.
     """
     if name not in ("reference", "native", "triton"):
         raise ValueError(f"name must be 'reference', 'native' or 'triton', got {name!r}")

@@ -20,7 +20,8 @@ class Selection:
     tokens: torch.Tensor | None = None
     """[N, D] the kept rows, re-encoded where the selector does that. None: the rows as they were."""
     scores: torch.Tensor | None = None
-    """Relevance of every token, kept or not, fp32; [B, M] for dense input, [sum M] for packed. None: the method has no scores."""
+    """Relevance of every token, kept or not, fp32; [B, M] for dense input, [sum M] for packed. None: the method has
+    no scores."""
     rho: torch.Tensor | None = None
     """[S] fp32, the predicted retention ratio of each segment. None: the method predicts no budget."""
     n: torch.Tensor | None = None

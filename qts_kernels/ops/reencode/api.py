@@ -42,9 +42,7 @@ def gather_add_rms_norm(
     return torch.ops.qts_kernels.gather_add_rms_norm(tokens, indices, addend, weight, eps)[:2]
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """total = x + residual;  normed = total / sqrt(mean(total^2) + eps) * weight, in one pass.
 
     Args:

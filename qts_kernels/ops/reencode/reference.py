@@ -1,4 +1,5 @@
-"""The re-encoder's pieces in eager PyTorch: the specification. Sums are rounded to the input's dtype, norms and activations are
+"""The re-encoder's pieces in eager PyTorch: the specification. Sums are rounded to the input's dtype, norms and
+activations are
 computed in fp32 from what was rounded, and rounded once."""
 
 import torch
@@ -8,9 +9,7 @@ from torch.nn import functional as F
 from qts_kernels._schemas import statistics_dtype
 
 
-def gather_add_rms_norm(
-    tokens: Tensor, indices: Tensor, addend: Tensor | None, weight: Tensor | None, eps: float
-):
+def gather_add_rms_norm(tokens: Tensor, indices: Tensor, addend: Tensor | None, weight: Tensor | None, eps: float):
     """See ``qts_kernels.gather_add_rms_norm``."""
     if tokens.shape[0] == 0:
         residual = tokens.new_zeros(indices.shape[0], tokens.shape[1])
@@ -37,10 +36,9 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Ten
     return normed.to(x.dtype), rstd
 
 
-def rms_norm_backward(
-    grad_normed: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor
-):
-    """With h = x rstd and g = grad_normed weight: dx = rstd (g - h mean(g h)) + grad_sum; dweight = sum of grad_normed h over rows."""
+def rms_norm_backward(grad_normed: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor | None, rstd: Tensor):
+    """With h = x rstd and g = grad_normed weight: dx = rstd (g - h mean(g h)) + grad_sum; dweight = sum of
+    grad_normed h over rows."""
     wide, grad = x.to(rstd.dtype), grad_normed.to(rstd.dtype)
     normed = wide * rstd[:, None]
     weighted = grad if weight is None else grad * weight.to(rstd.dtype)

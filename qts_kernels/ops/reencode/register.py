@@ -90,8 +90,6 @@ def _gelu_backward(ctx, grad):
     return grad_x, grad_bias.to(bias.dtype)
 
 
-torch.library.register_autograd(
-    "qts_kernels::gather_add_rms_norm", _gather_backward, setup_context=_setup_gather
-)
+torch.library.register_autograd("qts_kernels::gather_add_rms_norm", _gather_backward, setup_context=_setup_gather)
 torch.library.register_autograd("qts_kernels::add_rms_norm", _add_backward, setup_context=_setup_add)
 torch.library.register_autograd("qts_kernels::bias_gelu", _gelu_backward, setup_context=_setup_gelu)

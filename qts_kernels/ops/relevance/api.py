@@ -26,7 +26,7 @@ def relevance(
     r"""How much the question attends to each key: attention weights, reduced over heads and query tokens.
 
     .. math::
-        s_{hlm} = \mathrm{scale} \cdot \mathrm{key\_scale}_m \, \langle q_{lh}, k_{m, \lfloor h/G \rfloor} \rangle, \quad
+        s_{hlm} = \mathrm{scale} \cdot \mathrm{key\_scale}_m \, \langle q_{lh}, k_{m, \lfloor h/G \rfloor} \rangle, \\
         p_{hl\cdot} = \mathrm{softmax}_m(s_{hl\cdot}), \quad
         r_m = \max_{h,l} p_{hlm} \ \text{or} \ \tfrac{1}{HL} \textstyle\sum_{h,l} p_{hlm}
 
@@ -34,25 +34,30 @@ def relevance(
     (arXiv 2506.00993: ``causal=True`` and ``columns``, on rotated q and k). The attention matrix is never stored.
 
     Args:
-        query: [B, L, H, Dh], or [sum L, H, Dh] with ``cu_seqlens_q``. float32, bfloat16, float16 (float64 for checking: slow).
+        query: [B, L, H, Dh], or [sum L, H, Dh] with ``cu_seqlens_q``. float32, bfloat16, float16
+            (float64 for checking: slow).
         key: [B, M, Hkv, Dh], or [sum M, Hkv, Dh] with ``cu_seqlens_k``; H a multiple of Hkv; dtype of ``query``.
         reduce: "max" or "mean" over heads and query tokens.
         scale: factor of every logit; None means Dh ** -0.5.
-        key_scale: fp32 [B, M] or [sum M], factor of each key's logits (``rms_scale`` of the raw tokens folds their RMSNorm in here).
+        key_scale: fp32 [B, M] or [sum M], factor of each key's logits (``rms_scale`` of the raw tokens folds their
+            RMSNorm in here).
         causal: query l of L sees key m of M only when m <= l + M - L: the last query is aligned with the last key.
-        columns: return only the scores of keys start..stop-1 of each segment: (start, stop), or one pair a segment (pairs are copied from
-            the host, so make them outside of CUDA-graph capture). The softmax still runs over every key.
+        columns: return only the scores of keys start..stop-1 of each segment: (start, stop), or one pair a segment
+            (pairs are copied from the host, so make them outside of CUDA-graph capture). The softmax still runs over
+            every key.
         cu_seqlens_q, cu_seqlens_k: int32 [S+1] offsets of the packed segments; both or neither.
 
     Returns:
-        fp32 scores in [0, 1] (float64 for float64 input): [B, M] or [sum M]; with ``columns`` [B, C] or [sum C]. A key that no query sees scores 0,
-        and so does every key of a segment that has no query. NaN in a segment's query or key propagates to the scores it touches.
+        fp32 scores in [0, 1] (float64 for float64 input): [B, M] or [sum M]; with ``columns`` [B, C] or [sum C].
+        A key that no query sees scores 0, and so does every key of a segment that has no query. NaN in a segment's
+        query or key propagates to the scores it touches.
 
     Raises:
-        ValueError, TypeError: on shapes, heads, dtypes, devices, columns or cu_seqlens that do not fit, saying what was expected and what came.
+        ValueError, TypeError: on shapes, heads, dtypes, devices, columns or cu_seqlens that do not fit, saying what
+            was expected and what came.
 
-    Differentiable in query, key and key_scale; the backward pass recomputes the weights. With ``reduce="max"`` the gradient of a key goes to one row
-    that attains its maximum.
+    Differentiable in query, key and key_scale; the backward pass recomputes the weights. With ``reduce="max"`` the
+    gradient of a key goes to one row that attains its maximum.
     """
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     _check(query, key, reduce, key_scale, cu_seqlens_q, cu_seqlens_k, packed)
@@ -101,9 +106,7 @@ def _check(query, key, reduce, key_scale, cu_seqlens_q, cu_seqlens_k, packed) ->
         raise ValueError(f"query and key must have the same batch, got {query.shape[0]} and {key.shape[0]}")
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if kv_heads == 0 or heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"the query's heads must be a positive multiple of the key's, got {heads} and {kv_heads}"
-        )
+        raise ValueError(f"the query's heads must be a positive multiple of the key's, got {heads} and {kv_heads}")
     if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
         raise ValueError(
             f"query and key must have the same head size, at least 1, got {query.shape[-1]} and {key.shape[-1]}"
@@ -152,7 +155,8 @@ def _columns(columns, segments: int, length: int | None, cu_seqlens_k: Tensor, t
     widths = [stop - start for start, stop in pairs]
     if length is not None and len(set(widths)) > 1:
         raise ValueError(
-            f"columns of a dense batch must all have one width, got {sorted(set(widths))}; pack the batch with cu_seqlens"
+            f"columns of a dense batch must all have one width, got {sorted(set(widths))}; "
+            "pack the batch with cu_seqlens"
         )
     starts = torch.tensor([start for start, _ in pairs], dtype=torch.int32, device=device)
     cu_columns = torch.tensor([0, *widths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)

@@ -1,4 +1,5 @@
-"""Relevance in eager PyTorch: the specification. It stores a segment's whole attention matrix; the other implementations do not."""
+"""Relevance in eager PyTorch: the specification. It stores a segment's whole attention matrix; the other
+implementations do not."""
 
 import torch
 from torch import Tensor
@@ -63,9 +64,10 @@ def relevance_backward(
     causal: bool,
     block: int = 4096,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``relevance``, recomputing the weights a block of keys at a time (nothing of size H x L x M is stored).
+    """Gradients of ``relevance``, recomputing the weights a block of keys at a time (nothing of size H x L x M is
+    stored).
 
-    With weights p[r, m] and w[r, m] = d score[m] / d p[r, m] (mean: 1/(H L); max: 1 at the row that attains it, else 0):
+    With weights p[r, m] and w[r, m] = d score[m] / d p[r, m] (mean: 1/(H L); max: 1 at the row that attains it, or 0):
     d logit[r, m] = p[r, m] (w[r, m] g[m] - c[r]),  c[r] = sum_m w[r, m] g[m] p[r, m].
     """
     dtype = statistics_dtype(query)
@@ -88,9 +90,7 @@ def relevance_backward(
             row[columns] = packed // rows * length + packed % rows - q.start
         seen = (lse[:, q] != -torch.inf).flatten()[:, None]
 
-        def weights(
-            b: slice, q: slice = q, k: slice = k, seen: Tensor = seen, length: int = length, keys: int = keys
-        ):
+        def weights(b: slice, q: slice = q, k: slice = k, seen: Tensor = seen, length: int = length, keys: int = keys):
             part = slice(k.start + b.start, k.start + b.stop)
             part_scale = None if key_scale is None else key_scale[part]
             mask = (b.start, keys - length) if causal else None
@@ -127,10 +127,9 @@ def relevance_backward(
     return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_scale
 
 
-def segments(
-    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, column_start: Tensor | None, cu_columns: Tensor | None
-):
-    """For each segment: its slice of the queries, of the keys, the wanted columns within the keys, and their slice of the output."""
+def segments(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, column_start: Tensor | None, cu_columns: Tensor | None):
+    """For each segment: its slice of the queries, of the keys, the wanted columns within the keys, and their slice of
+    the output."""
     q, k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     start = [0] * (len(q) - 1) if column_start is None else column_start.tolist()
     out = k if cu_columns is None else cu_columns.tolist()
@@ -144,9 +143,7 @@ def segments(
         )
 
 
-def segment_logits(
-    query: Tensor, key: Tensor, key_scale: Tensor | None, scale: float, causal: bool
-) -> Tensor:
+def segment_logits(query: Tensor, key: Tensor, key_scale: Tensor | None, scale: float, causal: bool) -> Tensor:
     """[L, H, Dh] x [M, Hkv, Dh] -> logits [H, L, M] of one segment; -inf where ``causal`` hides the key."""
     return _logits(query, key, key_scale, scale, (0, key.shape[0] - query.shape[0]) if causal else None)
 

@@ -10,8 +10,8 @@ from qts_kernels._checks import check_tensor
 def rms_scale(x: Tensor, eps: float = 1e-6) -> Tensor:
     r"""1/rms of each row, in one read: :math:`(\tfrac1D \sum_d x_d^2 + \epsilon)^{-1/2}`.
 
-    Pass it to ``relevance(key_scale=...)`` beside keys projected from the *raw* tokens by a weight that the RMSNorm's own weight is folded into:
-    RMSNorm(x) W = (1/rms) * (x (w * W)), so the normalised tokens are never written.
+    Pass it to ``relevance(key_scale=...)`` beside keys projected from the *raw* tokens by a weight that the RMSNorm's
+    own weight is folded into: RMSNorm(x) W = (1/rms) * (x (w * W)), so the normalised tokens are never written.
 
     Args:
         x: [..., D] float32, bfloat16 or float16 (float64 for checking); D >= 1.

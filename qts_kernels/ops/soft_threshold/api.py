@@ -16,7 +16,8 @@ def soft_threshold(scores: Tensor, rho: Tensor, tau: float, *, cu_seqlens: Tenso
 
     Args:
         scores: r, [B, M], or [sum M] with ``cu_seqlens``. float32 (float64 for checking).
-        rho: [S], the share to keep, in (0, 1); the dtype of ``scores``. On a GPU, where reading it would synchronise, 0 gives +inf and 1 gives -inf.
+        rho: [S], the share to keep, in (0, 1); the dtype of ``scores``. On a GPU, where reading it would synchronise,
+            0 gives +inf and 1 gives -inf.
         tau: temperature, above 0, in units of the scores.
         cu_seqlens: int32 [S+1] offsets of the packed segments.
 

@@ -1,5 +1,7 @@
 """Soft threshold in eager PyTorch: the specification."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ def soft_threshold(scores: Tensor, rho: Tensor, cu_seqlens: Tensor, tau: float) 
     """See ``qts_kernels.soft_threshold``. Works in float64: bisection by halves down to the last bit of fp32."""
     out = torch.zeros_like(rho)
     offsets = cu_seqlens.tolist()
-    for s, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for s, (start, stop) in enumerate(pairwise(offsets)):
         if start == stop:
             continue
         r, target = scores[start:stop].double(), rho[s].double()

@@ -24,7 +24,7 @@ def _soft_threshold(scores, rho, cu_seqlens, tau):
 
 
 def _setup_context(ctx, inputs, output):
-    scores, rho, cu_seqlens, ctx.tau = inputs
+    scores, _, cu_seqlens, ctx.tau = inputs
     ctx.save_for_backward(scores, cu_seqlens, output)
 
 

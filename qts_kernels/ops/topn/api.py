@@ -14,19 +14,21 @@ def topn(
 ) -> tuple[Tensor, Tensor]:
     """The n best rows of each segment, exactly, in ascending index order.
 
-    The order is (score descending, index ascending); NaN ranks below -inf and -0 equals +0. The same bits come out on every run and every backend.
+    The order is (score descending, index ascending); NaN ranks below -inf and -0 equals +0. The same bits come out on
+    every run and every backend.
 
     Args:
-        scores: [B, M], one segment a row, or [sum M] with ``cu_seqlens``, or [M], one segment. float32, bfloat16 or float16.
-        n: how many to keep of each segment: an int, or an int64 or int32 tensor [S] on the device of ``scores``. Clamped to [0, segment length]; a negative
-            int, or a negative entry of a CPU tensor, raises.
+        scores: [B, M], one segment a row, or [sum M] with ``cu_seqlens``, or [M], one segment. float32, bfloat16 or
+            float16.
+        n: how many to keep of each segment: an int, or an int64 or int32 tensor [S] on the device of ``scores``.
+            Clamped to [0, segment length]; a negative int, or a negative entry of a CPU tensor, raises.
         cu_seqlens: int32 [S+1] offsets of the packed segments.
-        max_n: an upper bound of ``n`` that sets the shape of the result; larger entries of ``n`` are clamped to it. Default: ``n`` itself where it
-            is an int, else the number of scores.
+        max_n: an upper bound of ``n`` that sets the shape of the result; larger entries of ``n`` are clamped to it.
+            Default: ``n`` itself where it is an int, else the number of scores.
 
     Returns:
-        indices: int64 [min(S * max_n, scores.numel())], rows of the packed (flattened) axis, segment after segment without gaps; -1 behind
-            ``cu_seqlens_out[-1]``.
+        indices: int64 [min(S * max_n, scores.numel())], rows of the packed (flattened) axis, segment after segment
+            without gaps; -1 behind ``cu_seqlens_out[-1]``.
         cu_seqlens_out: int32 [S+1].
 
         The shapes depend on host values alone, so nothing synchronises and the call can be captured in a CUDA graph.

@@ -15,10 +15,12 @@ def topn_gather(
     cu_seqlens: Tensor | None = None,
     max_n: int | None = None,
 ) -> Selection:
-    """The n best tokens of each segment, in ascending order, with what belongs to them: ``gather_tokens(tokens, topn(scores, n), *extras)``.
+    """The n best tokens of each segment, in ascending order, with what belongs to them: ``gather_tokens(tokens,
+    topn(scores, n), *extras)``.
 
     Args:
-        tokens: [B, M, D] with scores [B, M], [M, D] with scores [M], or [sum M, D] with scores [sum M] and ``cu_seqlens``.
+        tokens: [B, M, D] with scores [B, M], [M, D] with scores [M], or [sum M, D] with scores [sum M] and
+            ``cu_seqlens``.
         scores, n, cu_seqlens, max_n: as in ``topn``.
         extras: each [B, M, ...] or [sum M, ...].
 
@@ -26,14 +28,13 @@ def topn_gather(
         Selection with tokens [N, D], indices [N], cu_seqlens [S+1], scores and extras; padded rows are zeros.
 
     Raises:
-        ValueError, TypeError: as ``topn`` and ``gather_tokens``, and where tokens or extras do not have the leading shape of scores.
+        ValueError, TypeError: as ``topn`` and ``gather_tokens``, and where tokens or extras do not have the leading
+            shape of scores.
     """
     lead = scores.ndim
     for name, x in (("tokens", tokens), *((f"extras[{i}]", e) for i, e in enumerate(extras))):
         if x.shape[:lead] != scores.shape:
-            raise ValueError(
-                f"{name} must have the leading shape of scores, {list(scores.shape)}, got {list(x.shape)}"
-            )
+            raise ValueError(f"{name} must have the leading shape of scores, {list(scores.shape)}, got {list(x.shape)}")
     indices, cu_seqlens_out = topn(scores, n, cu_seqlens=cu_seqlens, max_n=max_n)
     packed = [x.flatten(0, 1) if lead == 2 else x for x in (tokens, *extras)]
     rows = gather_tokens(packed[0], indices, *packed[1:])
