@@ -35,6 +35,9 @@ def read_file(path: str, fps: float, min_frames: int, max_frames: int, limits: L
         with av.open(path) as container:
             stream = _video_stream(container, path)
             picture = _Picture(limits, len(samples.indices), stream.sample_aspect_ratio)
+            promised = float((stream.duration or 0) * stream.time_base)
+            if promised > 1.05 * index.duration + 0.5:
+                picture.notes.append(f"damaged: {index.duration:.1f} s of {promised:.1f} s are in the file")
             frames, times = _decode(container, stream, index, samples, picture, progress)
     except av.FFmpegError as error:
         raise VideoError(f"{path}: not a video that FFmpeg can read ({error.strerror})") from error
