@@ -1,9 +1,9 @@
 """Builds the two extensions on torch's stable ABI: one wheel for any Python >= 3.10 and any torch >= 2.10.
 
 ``_C`` is the CPU code, ``_C_cuda`` the CUDA code. CUDA is built when torch was built with it and nvcc is found, never
-because a GPU is visible; ``USE_CUDA=0`` leaves it out, ``TORCH_CUDA_ARCH_LIST`` chooses the cards. Without a compiler
-the package installs all the same and
-runs in eager PyTorch, which ``qts doctor`` and the first op called will say.
+because a GPU is visible; ``USE_CUDA=0`` leaves it out, ``USE_NATIVE=0`` all compiled code, ``TORCH_CUDA_ARCH_LIST``
+chooses the cards. Without a compiler the package installs all the same and runs in eager PyTorch, which ``qts doctor``
+and the first op called will say.
 """
 
 import os
@@ -42,6 +42,9 @@ def cuda_home() -> str | None:
 
 def extensions() -> list:
     found = []
+    if os.environ.get("USE_NATIVE") == "0":
+        print("qts_kernels: building without native code, as USE_NATIVE=0 asks", file=sys.stderr)
+        return found
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         print("qts_kernels: no C++ compiler: building without native code", file=sys.stderr)
         return found

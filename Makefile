@@ -1,0 +1,66 @@
+# Every target works on a fresh machine: it makes .venv by itself, and installs what it needs there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH ?= 2.11.0
+TRANSFORMERS ?= 5.17.0
+# The drop-ins are also tested on the oldest version that is supported and on the newest.
+TRANSFORMERS_OLDEST := 4.57.6
+TRANSFORMERS_NEWEST := 5.23.0
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inl')
+# Tests that load a model in two processes at once run out of neither cores nor memory on the smallest machine.
+JOBS ?= 2
+
+.PHONY: demo test test-dropin lint bench gpu wheel doctor clean
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/native  ## answer a question about a video, with and without selection
+	$(BIN)/qts demo
+
+test: $(VENV)/native  ## the whole test suite, the drop-ins on three transformers versions
+	$(BIN)/python -m pytest tests -n $(JOBS)
+	$(MAKE) test-dropin
+
+test-dropin: $(VENV)/native $(VENV)/transformers-$(TRANSFORMERS_OLDEST) $(VENV)/transformers-$(TRANSFORMERS_NEWEST)
+	for version in $(TRANSFORMERS_OLDEST) $(TRANSFORMERS_NEWEST); do \
+	  PYTHONPATH=$(VENV)/transformers-$$version $(BIN)/python -m pytest tests/video/dropin -n $(JOBS) || exit; \
+	done
+
+lint: $(VENV)/python  ## ruff and the import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+bench: $(VENV)/native  ## time every op against eager PyTorch and its peers, answers checked first
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+gpu:  ## on a GPU machine: build, test, sanitize, benchmark, in one call
+	bash benchmarks/gpu.sh
+
+wheel: $(VENV)/python  ## one abi3 wheel in dist/
+	rm -rf build dist/*.whl
+	$(BIN)/python -m build --wheel --no-isolation
+
+doctor: $(VENV)/native  ## versions, devices, and what serves each op
+	$(BIN)/qts doctor
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info qts_kernels/*.so
+
+# The environment: torch first, so that the extensions are built against the torch they will run with.
+$(VENV)/python: pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip "setuptools>=77,<82" wheel ninja numpy
+	$(PIP) torch==$(TORCH) torchvision transformers==$(TRANSFORMERS)
+	USE_NATIVE=0 $(PIP) --no-build-isolation --editable .[video,dev]
+	touch $@
+
+$(VENV)/native: $(VENV)/python $(NATIVE)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+$(VENV)/transformers-%: $(VENV)/python
+	rm -rf $@
+	$(PIP) --target $@ --no-deps transformers==$*
+	if [ $* = $(TRANSFORMERS_OLDEST) ]; then $(PIP) --target $@ --upgrade --no-deps "huggingface_hub>=0.34,<1" "tokenizers>=0.22,<0.23"; fi

@@ -1,0 +1,140 @@
+"""What every benchmark shares: the device, timing that is fair to a GPU, and a table of ratios at the end.
+
+A benchmark is a row (op, shape, who). It checks its answer before it times it. Times are only ever compared within
+one run; the table gives each peer's median over ours. The JSON under benchmarks/results/ holds the machine's and the
+versions' names beside them.
+"""
+
+import json
+import platform
+import re
+from collections import defaultdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+RESULTS = Path(__file__).parent / "results"
+OURS = "qts_kernels"
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    models = (
+        re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        if Path("/proc/cpuinfo").exists()
+        else []
+    )
+    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def timed(benchmark, device):
+    """timed(op, shape, who, fn): time ``fn`` and file it under (op, shape, who). On a GPU: CUDA-graph replays behind
+    a cleared L2."""
+
+    def run(op: str, shape: str, who: str, fn, *, graph: bool = True):
+        benchmark.group = f"{op} | {shape}"
+        benchmark.name = who
+        benchmark.extra_info.update(op=op, shape=shape, who=who)
+        fn()
+        if device == "cpu":
+            rounds = max(5, min(50, int(2.0 / max(_once(fn), 1e-4))))
+            benchmark.pedantic(fn, rounds=rounds, iterations=1, warmup_rounds=2)
+            return
+        replay = _captured(fn) if graph else fn
+        scrub = torch.empty(256 << 20, dtype=torch.int8, device=device)  # several times the L2 of any card so far
+
+        def cold():
+            replay()
+            torch.cuda.synchronize()
+
+        def clear():
+            scrub.zero_()
+            torch.cuda.synchronize()
+
+        benchmark.pedantic(cold, setup=clear, rounds=50, iterations=1, warmup_rounds=5)
+
+    return run
+
+
+def _once(fn) -> float:
+    start = datetime.now(timezone.utc)
+    fn()
+    return (datetime.now(timezone.utc) - start).total_seconds()
+
+
+def _captured(fn):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fn()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fn()
+    return graph.replay
+
+
+def rows(benchmarks) -> list[dict]:
+    """One dictionary a benchmark: op, shape, who, median and interquartile range in seconds, and the median's ratio
+    to ours."""
+    found = [
+        {**{k: b.extra_info[k] for k in ("op", "shape", "who")}, "median_s": b.stats.median, "iqr_s": b.stats.iqr}
+        for b in benchmarks
+        if "op" in b.extra_info and not b.has_error
+    ]
+    ours = {(r["op"], r["shape"]): r["median_s"] for r in found if r["who"] == OURS}
+    for r in found:
+        base = ours.get((r["op"], r["shape"]))
+        r["ratio_to_ours"] = round(r["median_s"] / base, 3) if base else None
+    return found
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = getattr(config, "_benchmarksession", None)
+    if session is None or not session.benchmarks:
+        return
+    table = defaultdict(list)
+    for r in rows(session.benchmarks):
+        table[r["op"], r["shape"]].append(r)
+    write = terminalreporter.write_line
+    write("")
+    write(f"time relative to {OURS} (above 1: {OURS} is faster); {machine()}")
+    for (op, shape), group in table.items():
+        write(f"{op}  {shape}")
+        for r in sorted(group, key=lambda r: r["median_s"]):
+            ratio = "" if r["ratio_to_ours"] is None else f"{r['ratio_to_ours']:8.2f}x"
+            write(f"    {r['who']:34s} {r['median_s'] * 1e3:10.3f} ms  +- {r['iqr_s'] * 1e3:7.3f} {ratio}")
+    RESULTS.mkdir(exist_ok=True)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", machine()).strip("-").lower()
+    path = RESULTS / f"{name}.json"
+    merged = {}
+    if path.exists():
+        merged = {(r["op"], r["shape"], r["who"]): r for r in json.loads(path.read_text())["rows"]}
+    merged.update({(r["op"], r["shape"], r["who"]): r for r in rows(session.benchmarks)})
+    path.write_text(
+        json.dumps(
+            {
+                "machine": machine(),
+                "date": datetime.now(timezone.utc).date().isoformat(),
+                "versions": {
+                    "python": platform.python_version(),
+                    "torch": torch.__version__,
+                    "triton": triton.__version__,
+                },
+                "rows": [merged[key] for key in sorted(merged)],
+            },
+            indent=1,
+        )
+        + "\n"
+    )
+    write(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# On a GPU machine, in one call: build, test, sanitize, benchmark. Uses the python3 on the PATH, with the torch and triton it has, and no network.
+# Results go to benchmarks/results/, and to $OUT where that is set.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
+log=${OUT:-benchmarks/results}
+mkdir -p "$log"
+status=0
+step() { echo "== $1"; shift; "$@" 2>&1 | tee "$log/$step_name.log" | tail -n "${lines:-15}"; code=${PIPESTATUS[0]}; [ "$code" -eq 0 ] || { status=$code; echo "== failed with $code"; }; }
+
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
+
+step_name=build step "build" python3 setup.py --quiet build_ext --inplace
+step_name=tests step "tests on the GPU" python3 -m pytest tests/ops tests/nn -q --maxfail=20 -p no:cacheprovider
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck initcheck; do
+    step_name=$tool lines=5 step "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      python3 -m pytest tests/ops -q -m "gpu and not slow" -p no:cacheprovider
+  done
+else
+  echo "== compute-sanitizer is not on this machine: memory and race checks were not run"
+fi
+step_name=benchmarks lines=80 step "benchmarks" python3 -m pytest benchmarks --benchmark-only -q
+[ -z "${OUT:-}" ] || cp benchmarks/results/*.json "$OUT"/
+exit "$status"

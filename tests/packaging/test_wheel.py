@@ -1,0 +1,101 @@
+"""The wheel: built once, installed where nothing of ours is, and loaded by another torch than it was built with."""
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+OTHER_TORCH = "2.13.0"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("wheel"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the wheel's native code needs g++"),
+]
+
+
+def run(*command: str | Path, cwd: Path, timeout: float = 900, **environment: str) -> str:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    done = subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**inherited, **environment},
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel of the checkout, CUDA code included where it can be compiled."""
+    source = tmp_path_factory.mktemp("source")
+    wanted = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
+    for name in wanted:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, source / name)
+    out = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, cwd=source)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def environment(path: Path, *packages: str) -> Path:
+    """A new virtual environment with ``packages``; its python."""
+    venv.create(path, with_pip=True)
+    python = path / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", *packages, cwd=path)
+    return python
+
+
+REPORT = """
+import torch, qts_kernels
+from qts_kernels import backends
+served = {r.implementation for r in backends.report() if r.device == "cpu" and r.op in ("relevance", "topn")}
+query, key = torch.randn(1, 4, 4, 16), torch.randn(1, 100, 2, 16)
+ours = qts_kernels.relevance(query, key)
+with backends.force("reference"):
+    assert torch.allclose(ours, qts_kernels.relevance(query, key), atol=1e-6)
+print(torch.__version__, sorted(served), qts_kernels.__file__)
+"""
+
+
+def test_is_one_abi3_wheel_with_both_packages(wheel):
+    assert "cp310-abi3-" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "qts_kernels/_C.abi3.so" in names
+    assert "qts_kernels/ops/relevance/triton.py" in names
+    assert "qts_video/attach.py" in names
+    assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "csrc/"))]
+    if torch.version.cuda and shutil.which("nvcc"):
+        assert "qts_kernels/_C_cuda.abi3.so" in names
+
+
+def test_runs_in_a_clean_environment(wheel, tmp_path):
+    import torchvision
+    import transformers
+
+    versions = [f"{m.__name__}=={m.__version__.split('+')[0]}" for m in (torch, torchvision, transformers)]
+    python = environment(tmp_path / "venv", f"{wheel}[video]", *versions)
+    assert "['native']" in run(python, "-c", REPORT, cwd=tmp_path)
+    table = run(tmp_path / "venv" / "bin" / "qts", "demo", cwd=tmp_path)
+    assert "random" in table
+    assert list(tmp_path.rglob("*.png"))
+
+
+def test_loads_in_another_torch(wheel, tmp_path):
+    python = environment(tmp_path / "venv", f"torch=={OTHER_TORCH}", "numpy", "safetensors")
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=tmp_path)
+    out = run(python, "-c", REPORT, cwd=tmp_path)
+    assert out.startswith(OTHER_TORCH)
+    assert "['native']" in out
