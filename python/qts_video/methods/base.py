@@ -26,8 +26,8 @@ class Videos:
     sample: list[int]
     """The batch row that each video belongs to."""
     question: torch.Tensor | None = None
-    """[sum L, D] embedding rows of the question text, packed, one segment a *video* (repeated where a sample has several).
-    None unless the selector's ``needs_question`` is true."""
+    """[sum L, D] embedding rows of the question text, packed, one segment a *video* (repeated where a sample
+    has several). None unless the selector's ``needs_question`` is true."""
     cu_seqlens_question: torch.Tensor | None = None
     """[V+1] int32."""
     question_ids: list[torch.Tensor] = field(default_factory=list)
@@ -44,10 +44,11 @@ class Selector(Protocol):
     needs_question: bool
 
     def select(self, videos: Videos) -> Selection:
-        """Choose rows of ``videos.tokens``; ``Selection.indices`` are rows of that packed axis, ascending in each video.
+        """Choose rows of ``videos.tokens``; ``Selection.indices`` are rows of that packed axis, ascending in
+        each video.
 
-        ``Selection.tokens`` may hold re-encoded rows [N, D] that take the place of the kept rows; None keeps them as they are.
-        Every video of ``videos`` must have its segment in ``Selection.cu_seqlens``.
+        ``Selection.tokens`` may hold re-encoded rows [N, D] that take the place of the kept rows; None keeps
+        them as they are. Every video of ``videos`` must have its segment in ``Selection.cu_seqlens``.
         """
         ...
 

@@ -1,0 +1,7 @@
+"""Selection methods: one file each, one ``Selector`` protocol."""
+
+from qts_video.methods.base import Selector, Videos
+from qts_video.methods.random import Random
+from qts_video.methods.uniform import Uniform
+
+__all__ = ["Random", "Selector", "Uniform", "Videos"]
