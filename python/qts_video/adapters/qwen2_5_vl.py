@@ -1,0 +1,76 @@
+"""Qwen2.5-VL: ``Qwen2_5_VLForConditionalGeneration``."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qts_video.adapters.base import Parts
+from qts_video.question import ChatMarkers, resolve_markers
+
+# The official Qwen2 vocabulary, by which a model without a tokenizer is recognised.
+_OFFICIAL_IDS = {
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+}
+_OFFICIAL_MARKERS = ChatMarkers(turn_start=151644, user=(872,), newline=(198,), turn_end=151645)
+
+
+class Qwen2_5_VL:
+    """Adapter of Qwen2.5-VL: M-RoPE positions, video placeholders ``<|video_pad|>``, ChatML turns."""
+
+    model_type = "qwen2_5_vl"
+    host_inputs = ("video_grid_thw",)
+    # Without second_per_grid_ts, get_rope_index spaces the temporal positions as for one second a step.
+    default_seconds_per_step = 1.0
+
+    def check(self, model: nn.Module) -> None:
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        if not isinstance(model, Qwen2_5_VLForConditionalGeneration):
+            raise TypeError(
+                f"expected a Qwen2_5_VLForConditionalGeneration, got {type(model).__name__} "
+                "(of a wrapped model give the model inside, e.g. peft's get_base_model())"
+            )
+
+    def parts(self, model: nn.Module) -> Parts:
+        return Parts(base=model.model, decoder=model.model.language_model, vision=model.model.visual)
+
+    def video_token_id(self, model: nn.Module) -> int:
+        return model.config.video_token_id
+
+    def vision_token_ids(self, model: nn.Module) -> tuple[int, ...]:
+        return tuple(getattr(model.config, name) for name in _OFFICIAL_IDS)
+
+    def needs_token_types(self, model: nn.Module) -> bool:
+        return "mm_token_type_ids" in inspect.signature(type(model.model).forward).parameters
+
+    def has_video_features(self, inputs: Mapping[str, Any]) -> bool:
+        encoded = inputs.get("mm_encoder_outputs") or {}  # what generate() passes on since transformers 5.18
+        return inputs.get("pixel_values_videos") is not None or encoded.get("video") is not None
+
+    def grids(self, model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[tuple[int, int, int]]:
+        grid = inputs.get("video_grid_thw")
+        if grid is None:
+            raise ValueError(
+                "input_ids hold video placeholders but video_grid_thw is missing: give the whole output of the "
+                "processor to the model's forward or to its generate()"
+            )
+        merge = model.config.vision_config.spatial_merge_size
+        return [(t, h // merge, w // merge) for t, h, w in grid.tolist()]
+
+    def seconds_per_step(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        seconds = inputs.get("second_per_grid_ts")
+        return None if seconds is None else torch.as_tensor(seconds, dtype=torch.float32).flatten()
+
+    def chat_markers(self, model: nn.Module, tokenizer: Any | None) -> ChatMarkers | None:
+        if tokenizer is not None:
+            return resolve_markers(
+                tokenizer, turn_start="<|im_start|>", user="user", newline="\n", turn_end="<|im_end|>"
+            )
+        official = all(getattr(model.config, name) == value for name, value in _OFFICIAL_IDS.items())
+        return _OFFICIAL_MARKERS if official else None

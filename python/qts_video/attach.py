@@ -1,0 +1,66 @@
+"""Put a selector into a model, and take it out again."""
+
+from typing import Any, Literal
+
+from torch import nn
+
+from qts_video.adapters import find_adapter
+from qts_video.attachment import ATTRIBUTE, Attachment
+from qts_video.handle import Handle
+from qts_video.methods.base import Selector
+from qts_video.prefill import Prefill
+from qts_video.versions import check_version
+
+__all__ = ["Handle", "Prefill", "attach"]
+
+
+def attach(
+    model: nn.Module,
+    selector: Selector,
+    *,
+    tokenizer: Any | None = None,
+    positions: Literal["original", "compact"] = "original",
+) -> Handle:
+    """Let ``selector`` choose which video tokens the language model of ``model`` sees.
+
+    From here on, whenever a prompt with videos goes through ``model`` (its forward, loss, or ``generate``),
+    the selector is run once, after the vision tower and before the first decoder layer, and only the video
+    tokens it kept go on; text and images always do. Outputs have the shortened length:
+    ``handle.last.columns`` says which column of ``input_ids`` each column of the logits belongs to. Prompts
+    without a video are untouched. Works by hooks: no forward is replaced.
+
+    Args:
+        model: a ``Qwen2_5_VLForConditionalGeneration``.
+        selector: a selection method, e.g. ``qts_video.methods.Uniform(retention_ratio=0.25)``. One with
+            parameters must be on the model's device and in its dtype; they do not become part of the model.
+        tokenizer: the model's tokenizer or processor, by which a selector's question is found in the prompt:
+            the text of its last user turn. Not needed where the model has the official vocabulary, the
+            selector needs no question, or the question is given with ``handle.question(...)``.
+        positions: "original": kept tokens keep the rotary positions that they had. "compact": every sample's
+            tokens get consecutive positions (what the released QTSplus models were trained with).
+
+    Returns:
+        A handle: a context manager, with ``.remove()``, ``.question(...)`` and ``.last``, the report of the
+        last selection.
+
+    Raises:
+        RuntimeError: the transformers version is unknown, or the model has a selector already.
+        TypeError: the model is not one that is known, or ``selector`` is none.
+        ValueError: another ``positions``, or the tokenizer lacks the model's chat markers.
+    """
+    import transformers
+
+    check_version(transformers.__version__)
+    adapter = find_adapter(model)
+    if not isinstance(selector, Selector) or not callable(selector.select):
+        raise TypeError(
+            f"a selector has a name, needs_question and select(videos); got {type(selector).__name__} {selector!r}"
+        )
+    if positions not in ("original", "compact"):
+        raise ValueError(f'positions must be "original" or "compact", got {positions!r}')
+    if hasattr(model, ATTRIBUTE):
+        raise RuntimeError(
+            f"{getattr(model, ATTRIBUTE).selector.name} is attached to this model already: remove it first"
+        )
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+    return Handle(Attachment(model, selector, adapter, tokenizer, compact=positions == "compact"))

@@ -1,0 +1,399 @@
+"""The hooks that put a selector into a model: on the model, its multimodal part, its decoder and its vision
+tower."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from qts_video.adapters import Adapter
+from qts_video.checks import check_selection
+from qts_video.decode import check_continuation, translate_decoder_inputs
+from qts_video.dropped import forget_if_reset, recall, remember
+from qts_video.generation import MISSING_TOKEN_TYPES, Generation, check_generate, read_generation
+from qts_video.layout import locate_videos, repeat_samples, to_host
+from qts_video.methods.base import Selector
+from qts_video.prefill import Call, Prefill, add_question, pack_videos, shorten_decoder_inputs
+from qts_video.question import find_question
+from qts_video.report import Report
+from qts_video.shorten import kept_columns
+from qts_video.stopwatch import Stopwatch
+
+ATTRIBUTE = "_qts_video_attachment"
+
+
+class Attachment:
+    """A selector in a model. Hooks on four modules, and two methods of the instance that have no hook of
+    their own: ``generate`` (to refuse what can't work, and to see the inputs that it takes away) and
+    ``create_masks_for_generate`` (so that masks built ahead for a compileable cache fit the shortened
+    sequence). ``remove`` undoes it all.
+
+    Hooks and methods are bound to this object, so that a deep copy of the model gets an attachment of its
+    own.
+    """
+
+    def __init__(
+        self, model: nn.Module, selector: Selector, adapter: Adapter, tokenizer: Any | None, compact: bool
+    ) -> None:
+        self.model, self.selector, self.adapter, self.tokenizer = model, selector, adapter, tokenizer
+        self.compact = compact
+        self.parts = adapter.parts(model)
+        self.markers = adapter.chat_markers(model, tokenizer)
+        self.given_question: list[torch.Tensor] | None = None
+        self.report: Report | None = None
+        self.prefills = 0
+        self._generation: Generation | None = None
+        self._call: Call | None = None
+        self._in_model = False
+        self._positions_given = True
+        self._selecting = False
+        self._stopwatch = Stopwatch()
+
+        self._unhooked_generate = model.generate
+        self._unhooked_masks = getattr(model, "create_masks_for_generate", None)
+        methods = {
+            "generate": self._generate,
+            "create_masks_for_generate": self._create_masks,
+            ATTRIBUTE: self,
+        }
+        self._replaced = {name: model.__dict__.get(name) for name in methods}
+        base, decoder, vision = self.parts.base, self.parts.decoder, self.parts.vision
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            model.register_forward_hook(self._after_model, always_call=True),
+            base.register_forward_pre_hook(self._before_base, with_kwargs=True),
+            base.register_forward_hook(self._after_base, always_call=True),
+            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
+            vision.register_forward_pre_hook(self._before_vision),
+            vision.register_forward_hook(self._after_vision),
+        ]
+        for name, method in methods.items():
+            setattr(model, name, method)
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._hooks)
+
+    def remove(self) -> None:
+        """Take every hook and method out of the model. Does nothing the second time."""
+        if not self.attached:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for name, before in self._replaced.items():
+            if before is None:
+                delattr(self.model, name)
+            else:
+                setattr(self.model, name, before)
+
+    # The model: opens the call where it holds videos, and computes the loss, whose labels must lose the same
+    # columns.
+
+    def _before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self._selecting:
+            return None
+        self._call, self._in_model = None, True
+        inputs = _by_name(module, args, kwargs)
+        self._call = call = self._open(module, inputs)
+        if call is None or inputs.get("labels") is None:
+            return None
+        if inputs.get("shift_labels") is not None:
+            raise ValueError("shift_labels is not supported while a selector is attached; give labels alone")
+        call.labels = inputs["labels"]
+        named = inspect.signature(type(module).forward).parameters
+        call.loss_kwargs = {k: v for k, v in inputs.items() if k not in named and k != "return_dict"}
+        return (), {**inputs, "labels": None}
+
+    def _after_model(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self._selecting:
+            return None
+        call, self._call, self._in_model = self._call, None, False
+        if call is None or output is None:  # None: the forward raised
+            return None
+        self._check_selected(call)
+        return output if call.labels is None else self._with_loss(output, call)
+
+    def _with_loss(self, output: Any, call: Call) -> Any:
+        labels = call.labels if call.columns is None else call.columns.gather(call.labels, fill=-100)
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        vocab_size = self.model.config.get_text_config().vocab_size
+        loss = self.model.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **call.loss_kwargs)
+        if isinstance(output, tuple):
+            return (loss, *output)
+        return type(output)(**{"loss": loss, **output})
+
+    # The multimodal part: the same, where it is called by itself.
+
+    def _before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._selecting:
+            return
+        inputs = _by_name(module, args, kwargs)
+        if not self._in_model:
+            self._call = None
+            self._call = self._open(module, inputs)
+        self._positions_given = inputs.get("position_ids") is not None
+
+    def _after_base(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self._selecting:
+            return
+        self._positions_given = True
+        call = self._call
+        if call is None:
+            self._stopwatch = Stopwatch()  # it has timed images without a video
+            return
+        if call.opened_by is module:
+            self._call = None
+        if output is not None:
+            self._check_selected(call)
+
+    def _check_selected(self, call: Call) -> None:
+        if not call.selected:
+            raise RuntimeError(
+                f"{self.selector.name} is attached, but selected nothing: the decoder ran past its hooks "
+                "(was a forward replaced?)"
+            )
+
+    def _open(self, module: nn.Module, inputs: dict[str, Any]) -> Call | None:
+        """The call, if it is a prefill with videos. Reads the prompt from the device, once."""
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        if ids is None and embeds is None:
+            return None  # the model says what is wrong
+        fed = (embeds if ids is None else ids).shape[1]
+        past_length = self._check_cache(inputs, fed)
+        if ids is None:
+            if self.adapter.has_video_features(inputs):
+                raise ValueError(
+                    "videos can't be located in inputs_embeds alone: give input_ids too, to the model's forward"
+                )
+            return None
+        if fed == 1:
+            return None
+
+        source = inputs if self._generation is None else self._generation.arguments
+        mask = inputs.get("attention_mask")
+        integers = {name: source.get(name) for name in self.adapter.host_inputs}
+        integers |= {"input_ids": ids, "attention_mask": mask if _is_2d(mask) else None}
+        host = to_host({name: torch.as_tensor(value) for name, value in integers.items() if value is not None})
+        prompt, token = host["input_ids"], self.adapter.video_token_id(self.model)
+        if not bool((prompt == token).any()):
+            return None
+
+        if not self.adapter.has_video_features(inputs):
+            raise ValueError("input_ids hold video placeholders, but no video was given with them")
+        if mask is not None and not _is_2d(mask):
+            raise ValueError(
+                "attention_mask must be [B, L] where videos are selected from; a 4-D mask can't be shortened"
+            )
+        if self.adapter.needs_token_types(self.model) and all(
+            inputs.get(name) is None for name in ("mm_token_type_ids", "position_ids")
+        ):
+            raise ValueError(MISSING_TOKEN_TYPES)
+        valid = torch.ones(prompt.shape, dtype=torch.bool)
+        if mask is not None:
+            past = recall(inputs.get("past_key_values"))
+            seen = past_length + (past.removed if past else 0)
+            if tuple(mask.shape) != (len(prompt), seen + fed):
+                raise ValueError(f"attention_mask must be {[len(prompt), seen + fed]}, got {list(mask.shape)}")
+            valid = host["attention_mask"][:, seen:] != 0
+
+        grids, seconds = self.adapter.grids(self.model, host), self.adapter.seconds_per_step(source)
+        if self._generation is not None and self._generation.input_ids is not None:
+            times = len(prompt) // len(self._generation.input_ids)
+            before = locate_videos(prompt[::times], valid[::times], token, grids)
+            order = repeat_samples([before.sample.count(row) for row in range(before.batch)], times)
+            grids = [grids[video] for video in order]
+            seconds = None if seconds is None else seconds[order]
+        return Call(module, ids, locate_videos(prompt, valid, token, grids), seconds, past_length)
+
+    def _check_cache(self, inputs: dict[str, Any], fed: int) -> int:
+        """Slots of the cache that are filled; 0 where nobody needs to know. Raises where the inputs do not
+        continue it."""
+        cache = inputs.get("past_key_values")
+        if cache is None or (fed == 1 and cache.is_compileable):
+            return 0
+        if fed > 1:
+            forget_if_reset(cache)
+        past_length, dropped = int(cache.get_seq_length()), recall(cache)
+        if dropped is not None:
+            mask = inputs.get("attention_mask")
+            if mask is not None and not _is_2d(mask) and self._generation is None:
+                raise ValueError("attention_mask must be [B, L] for a cache that tokens were dropped from")
+            check_continuation(dropped, past_length, fed, mask, inputs.get("position_ids"))
+        return past_length
+
+    # The decoder: selects and shortens at a prefill with videos, translates what continues a shortened cache.
+
+    def _before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self._selecting:
+            return None
+        if self._call is not None:
+            return (), self._select(self._call, _by_name(module, args, kwargs))
+        dropped = recall(kwargs.get("past_key_values"))
+        if dropped is None:
+            return None
+        cache = kwargs["past_key_values"]
+        masks_are_made = kwargs.get("attention_mask") is not None and not _is_2d(kwargs["attention_mask"])
+        past_length = None if masks_are_made else int(cache.get_seq_length())
+        inputs = _by_name(module, args, kwargs)
+        return (), translate_decoder_inputs(inputs, dropped, past_length, self._positions_given)
+
+    def _select(self, call: Call, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run the selector, once, and take what it dropped out of the decoder's ``inputs``."""
+        if call.selected:
+            raise RuntimeError("the decoder ran twice in one forward call: its prefill can't be shortened")
+        embeds, layout = inputs["inputs_embeds"], call.layout
+        self._stopwatch.start("selection", embeds.device)
+        videos = pack_videos(call, embeds, self.adapter.default_seconds_per_step)
+        if self.selector.needs_question:
+            add_question(videos, self._questions(call), self.model.get_input_embeddings())
+        videos.context = Prefill(
+            self.model, call.input_ids, embeds, inputs.get("position_ids"), inputs.get("attention_mask")
+        )
+        self._selecting = True
+        try:
+            selection = self.selector.select(videos)
+        finally:
+            self._selecting = False
+        counts = check_selection(selection, videos, self.selector.name)
+        indices = selection.indices[: sum(counts)]
+        tokens = None if selection.tokens is None else selection.tokens[: sum(counts)]
+        columns = kept_columns(layout, indices, counts)
+        past = recall(inputs.get("past_key_values"))
+        whole = counts == layout.lengths and tokens is None and past is None and not self.compact
+        if not whole:
+            inputs, call.dropped = shorten_decoder_inputs(inputs, call, columns, tokens, past, self.compact)
+            call.columns = columns
+        call.selected = True
+        self.prefills += 1
+        self._stopwatch.stop("selection", embeds.device)
+        self.report = Report(
+            selector=self.selector.name,
+            positions="compact" if self.compact else "original",
+            layout=layout,
+            counts=counts,
+            indices=indices,
+            scores=selection.scores,
+            timestamps=videos.timestamps,
+            seconds_from="default" if call.seconds is None else "inputs",
+            columns=columns.source,
+            stopwatch=self._stopwatch,
+        )
+        self._stopwatch.start("prefill", embeds.device)
+        return inputs
+
+    def _questions(self, call: Call) -> list[torch.Tensor]:
+        """The question of each video: token ids [L] on the CPU."""
+        given, layout = self.given_question, call.layout
+        if given is not None:
+            if len(given) not in (1, layout.batch) and (
+                self._generation is None or len(given) != len(self._generation.input_ids)
+            ):
+                raise ValueError(f"{len(given)} questions were given for a batch of {layout.batch}")
+            times = layout.batch // len(given)
+            return [given[sample // times] for sample in layout.sample]
+        if self.markers is None:
+            raise ValueError(
+                f"{self.selector.name} needs the question, and the model's vocabulary is not the official one: give "
+                "attach(..., tokenizer=...), or the question with handle.question(...)"
+            )
+        vision = self.adapter.vision_token_ids(self.model)
+        of_sample = {
+            sample: find_question(layout.input_ids[sample][layout.valid[sample]], self.markers, vision)
+            for sample in set(layout.sample)
+        }
+        return [of_sample[sample] for sample in layout.sample]
+
+    def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        call = self._call
+        if self._selecting or call is None:
+            return
+        self._stopwatch.stop("prefill", call.input_ids.device)
+        self._stopwatch = Stopwatch()
+        cache = _cache_of(kwargs, output)
+        if cache is not None and call.dropped is not None:
+            remember(cache, call.dropped)
+
+    # The vision tower: only timed.
+
+    def _before_vision(self, module: nn.Module, args: tuple) -> None:
+        if not self._selecting:
+            self._stopwatch.start("vision", next(module.parameters()).device)
+
+    def _after_vision(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not self._selecting:
+            self._stopwatch.stop("vision", next(module.parameters()).device)
+
+    # Two methods of the model.
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        if self._selecting:
+            return self._unhooked_generate(*args, **kwargs)
+        generation = read_generation(self._unhooked_generate, args, kwargs, self.adapter.video_token_id(self.model))
+        check_generate(generation, self.model.generation_config, self.adapter.needs_token_types(self.model))
+        cache = generation.arguments.get("past_key_values")
+        fresh = cache is None or int(cache.get_seq_length()) == 0
+        prefills, outer = self.prefills, self._generation
+        self._generation = generation
+        try:
+            output = self._unhooked_generate(*args, **kwargs)
+        finally:
+            self._generation = outer
+        if generation.has_video and fresh and self.prefills == prefills:
+            raise RuntimeError(f"{self.selector.name} is attached, but selected nothing: generate() ran past its hooks")
+        return output
+
+    def _create_masks(self, *args: Any, **kwargs: Any) -> Any:
+        """Masks for a compileable cache, which generate() makes before the model runs.
+
+        At a prefill with videos the mask is left 2-D: nothing is selected yet, and the decoder makes its own
+        from the shortened one. On a shortened cache the 4-D masks are made from the translated 2-D mask.
+        """
+        from transformers import masking_utils
+
+        create = self._unhooked_masks or masking_utils.create_masks_for_generate
+        if self._selecting or self._generation is None:
+            return create(*args, **kwargs)
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        fed = kwargs.get("inputs_embeds", kwargs.get("input_embeds")).shape[1]  # input_embeds until transformers 5
+        if fed > 1:
+            forget_if_reset(cache)
+            if self._generation.has_video:
+                return mask
+        dropped = recall(cache)
+        if dropped is None:
+            return create(*args, **kwargs)
+        if fed > 1:
+            check_continuation(dropped, int(cache.get_seq_length()), fed, mask, kwargs.get("position_ids"))
+        # Ones up to the last slot: causality hides those that are not filled, and the shape stays the same at
+        # every step.
+        slots = cache.get_max_length() if hasattr(cache, "get_max_length") else cache.get_max_cache_shape()
+        kwargs["attention_mask"] = dropped.mask_2d(mask, fed=slots - dropped.kept)
+        if kwargs.get("cache_position") is not None:
+            kwargs["cache_position"] = kwargs["cache_position"] - dropped.removed
+        return create(*args, **kwargs)
+
+
+def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of ``module``'s forward as keywords."""
+    if not args:
+        return dict(kwargs)
+    signature = inspect.signature(type(module).forward)
+    arguments = signature.bind_partial(module, *args, **kwargs).arguments
+    del arguments[next(iter(signature.parameters))]  # self
+    return {**arguments, **arguments.pop("kwargs", {})}
+
+
+def _is_2d(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2
+
+
+def _cache_of(kwargs: dict[str, Any], output: Any) -> Any:
+    """The cache that a decoder call filled: the one it was given, or the one it made."""
+    if kwargs.get("past_key_values") is not None:
+        return kwargs["past_key_values"]
+    if isinstance(output, tuple):
+        return next((item for item in output if hasattr(item, "get_seq_length")), None)
+    return output.past_key_values

@@ -1,0 +1,66 @@
+"""What the drop-in needs to know of a ``generate()`` call, which takes inputs away before the model sees
+them."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Both crop or fill the cache to a length counted in tokens of the whole prompt, which a shortened cache does
+# not have.
+_UNSUPPORTED = {
+    "assistant_model": "assisted decoding",
+    "prompt_lookup_num_tokens": "assisted decoding (prompt lookup)",
+    "assistant_early_exit": "assisted decoding (early exit)",
+    "prefill_chunk_size": "prefill in chunks",
+}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A ``generate()`` call, from its start to its end."""
+
+    arguments: Mapping[str, Any]
+    """Everything it was called with, by name."""
+    input_ids: torch.Tensor | None
+    """[B, L], before samples are repeated for beams or several sequences."""
+    has_video: bool
+    """Whether ``input_ids`` hold video placeholders."""
+
+
+def read_generation(
+    generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], video_token_id: int
+) -> Generation:
+    """What ``generate(*args, **kwargs)`` was called with."""
+    bound = inspect.signature(generate).bind_partial(*args, **kwargs).arguments
+    arguments = {**bound, **bound.pop("kwargs", {})}
+    ids = arguments.get("input_ids")
+    ids = arguments.get("inputs") if ids is None else ids
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
+        ids = None
+    return Generation(arguments, ids, has_video=ids is not None and bool((ids == video_token_id).any()))
+
+
+def check_generate(generation: Generation, default_config: Any, needs_token_types: bool) -> None:
+    """Raise ValueError where a prompt with videos is generated from in a way that selection does not
+    support."""
+    if not generation.has_video:
+        return
+    arguments = generation.arguments
+    for name, what in _UNSUPPORTED.items():
+        given = arguments.get(name)
+        for config in (arguments.get("generation_config"), default_config):
+            given = getattr(config, name, None) if given is None else given
+        if given is not None:
+            raise ValueError(f"{what} ({name}) is not supported while a selector is attached; leave it out")
+    if needs_token_types and arguments.get("mm_token_type_ids") is None and arguments.get("position_ids") is None:
+        raise ValueError(MISSING_TOKEN_TYPES)
+
+
+MISSING_TOKEN_TYPES = (
+    "mm_token_type_ids is missing: without it, this transformers version silently gives video tokens 1-D positions. "
+    "The processor returns it (return_mm_token_type_ids=True); it is 2 where input_ids are the video token, 1 where "
+    "they are the image token, else 0"
+)

@@ -1,0 +1,65 @@
+"""What ``attach`` returns: the way to a selector that is in a model."""
+
+from qts_video.attachment import Attachment
+from qts_video.question import GivenQuestion, read_question
+from qts_video.report import Report
+
+
+class Handle:
+    """A selector attached to a model. As a context manager, it takes the selector out at the end, also after
+    an error."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+
+    def remove(self) -> None:
+        """Take the selector out: the model is what it was before. Does nothing the second time.
+
+        A key-value cache that was shortened keeps counting on the selector: don't go on with it.
+        """
+        self._attachment.remove()
+
+    def question(self, question: GivenQuestion | None) -> "Handle":
+        """Say what the question is, for every prefill from now on; None goes back to finding it in the
+        prompt.
+
+        Args:
+            question: text (needs ``attach(..., tokenizer=...)``), or its token ids, for every sample; or a
+                list with one of them a sample.
+
+        Raises:
+            ValueError: text without a tokenizer, or an empty question.
+            TypeError: neither text nor integers.
+        """
+        tokenizer = self._attachment.tokenizer
+        self._attachment.given_question = None if question is None else read_question(question, tokenizer)
+        return self
+
+    @property
+    def last(self) -> Report:
+        """The report of the last prefill that held a video.
+
+        Raises RuntimeError where there was none yet.
+        """
+        report = self._attachment.report
+        if report is None:
+            raise RuntimeError(
+                f"{self._attachment.selector.name} has not selected anything yet: no prompt with a video has gone "
+                "through the model"
+            )
+        return report
+
+    @property
+    def attached(self) -> bool:
+        """Whether the selector is in the model."""
+        return self._attachment.attached
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = "attached to" if self.attached else "removed from"
+        return f"<{self._attachment.selector.name} {state} {type(self._attachment.model).__name__}>"

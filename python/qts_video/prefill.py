@@ -1,0 +1,177 @@
+"""One prefill with videos: what the selector is given, and what the decoder is given instead of the whole
+prompt."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from qts_video.dropped import Dropped
+from qts_video.layout import Layout
+from qts_video.methods.base import Videos
+from qts_video.shorten import Columns
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The prefill that a selection is made for, as the decoder was about to see it: B samples, L columns.
+
+    For methods that run the language model. Whatever a method runs on ``model`` while it selects is left
+    alone.
+    """
+
+    model: nn.Module
+    """The model that the selector is attached to."""
+    input_ids: torch.Tensor
+    """[B, L] int64"""
+    inputs_embeds: torch.Tensor
+    """[B, L, D], with the vision embeddings in place."""
+    position_ids: torch.Tensor | None
+    """What the model passes to its decoder: for Qwen2.5-VL [3, B, L] or, with text positions first, [4, B, L]
+    int64."""
+    attention_mask: torch.Tensor | None
+    """[B, P + L], P the length of the cache as the caller counts it; None where nothing is padded."""
+
+
+@dataclass
+class Call:
+    """A forward call that holds videos, from its start to its end."""
+
+    opened_by: nn.Module
+    input_ids: torch.Tensor
+    layout: Layout
+    seconds: torch.Tensor | None
+    """[V] float32, seconds between the steps of each video's temporal grid; None where the call does not
+    say."""
+    past_length: int
+    """Slots of the cache that are filled."""
+    selected: bool = False
+    columns: Columns | None = None
+    """None while nothing is selected, and where the prefill stays as it is."""
+    dropped: Dropped | None = None
+    labels: torch.Tensor | None = None
+    loss_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def video_timestamps(
+    layout: Layout, seconds: torch.Tensor | None, default: float, device: torch.device
+) -> torch.Tensor:
+    """[sum M] float32: of each video token, its step in the temporal grid times the seconds of a step."""
+    if seconds is None:
+        seconds = torch.full((len(layout.grids),), default)
+    elif len(seconds) != len(layout.grids):
+        raise ValueError(f"expected the seconds per grid step of {len(layout.grids)} videos, got {len(seconds)}")
+    steps = [
+        torch.arange(t, dtype=torch.float32).repeat_interleave(rows * columns) for t, rows, columns in layout.grids
+    ]
+    per_token = seconds.to(device).repeat_interleave(
+        torch.tensor(layout.lengths, device=device), output_size=sum(layout.lengths)
+    )
+    return torch.cat(steps).to(device) * per_token
+
+
+def pack_videos(call: Call, inputs_embeds: torch.Tensor, default_seconds: float) -> Videos:
+    """The videos of ``call``, their tokens taken from ``inputs_embeds`` [B, L, D]. No question yet."""
+    layout, device = call.layout, inputs_embeds.device
+    return Videos(
+        tokens=inputs_embeds.flatten(0, 1).index_select(0, layout.rows.to(device)),
+        cu_seqlens=offsets(layout.lengths, device),
+        lengths=layout.lengths,
+        grids=layout.grids,
+        timestamps=video_timestamps(layout, call.seconds, default_seconds, device),
+        sample=layout.sample,
+    )
+
+
+def add_question(videos: Videos, ids: list[torch.Tensor], embedding: nn.Module) -> None:
+    """Give ``videos`` their questions: token ids [L] on the CPU, one a video, and their rows of the language
+    model's embedding."""
+    device = videos.tokens.device
+    videos.question_ids = [question.to(device) for question in ids]
+    weight = next(embedding.parameters(), videos.tokens)
+    videos.question = embedding(torch.cat(ids).to(weight.device)).to(device)
+    videos.cu_seqlens_question = offsets([len(question) for question in ids], device)
+
+
+def offsets(lengths: list[int], device: torch.device) -> torch.Tensor:
+    """[V+1] int32 offsets of segments of these lengths."""
+    return torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device, torch.int32)
+
+
+def shorten_decoder_inputs(
+    inputs: dict[str, Any],
+    call: Call,
+    columns: Columns,
+    tokens: torch.Tensor | None,
+    past: Dropped | None,
+    compact: bool,
+) -> tuple[dict[str, Any], Dropped]:
+    """The decoder's keyword arguments with the dropped columns taken out, and what the cache must remember.
+
+    Args:
+        inputs: what the model passes to its decoder for the whole prefill.
+        call: the forward call.
+        columns: those that stay.
+        tokens: [N, D] re-encoded rows that take the place of the kept ones, or None.
+        past: what was dropped from the cache before.
+        compact: give every sample consecutive positions instead of those its tokens had.
+    """
+    embeds = columns.gather_tokens(inputs["inputs_embeds"])
+    if tokens is not None:
+        embeds = embeds.flatten(0, 1).index_copy(0, columns.kept_rows, tokens).view_as(embeds)
+    mask = _cache_mask(inputs.get("attention_mask"), call, columns, past)
+    valid = call.layout.valid.to(embeds.device)
+    positions, next_position, shift = _positions(inputs["position_ids"], valid, columns, call, past, compact)
+
+    shortened = {**inputs, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}
+    if inputs.get("cache_position") is not None:
+        shortened["cache_position"] = torch.arange(call.past_length, mask.shape[1], device=embeds.device)
+    dropped = Dropped(
+        seen=call.past_length + (past.removed if past else 0) + call.layout.columns,
+        mask=mask.bool(),
+        padded=columns.padded or call.past_length > 0,
+        next_position=next_position,
+        shift=shift,
+    )
+    return shortened, dropped
+
+
+def _cache_mask(mask: torch.Tensor | None, call: Call, columns: Columns, past: Dropped | None) -> torch.Tensor:
+    """[B, P + K]: the mask of the filled cache slots, then of the columns that stay. Always explicit: without
+    one, gaps in the positions are taken for the borders of packed sequences."""
+    new = columns.mask.to(torch.int64 if mask is None else mask.dtype)
+    if call.past_length == 0:
+        return new
+    before = None if mask is None else mask[:, : mask.shape[1] - call.layout.columns]
+    if past is not None:
+        before = past.mask_2d(before, fed=call.past_length - past.kept)
+    if before is None:
+        before = new.new_ones(len(new), call.past_length)
+    return torch.cat([before.to(new.dtype), new], dim=1)
+
+
+def _positions(
+    positions: torch.Tensor, valid: torch.Tensor, columns: Columns, call: Call, past: Dropped | None, compact: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The position ids of the columns that stay, each sample's next position, and the shift of later ones.
+
+    ``positions`` is [B, L], or [3, B, L] (time, height, width), or [4, B, L] with a row of text positions
+    first, which serves the detection of packed sequences alone and so stays free of gaps.
+    """
+    positions = positions.expand(*positions.shape[:-2], *valid.shape)
+    shift = past.shift if past else None
+    if shift is not None:
+        positions = positions - shift.unsqueeze(1)
+    rank = (columns.mask.cumsum(1) - 1).clamp(min=0)
+    rotary = positions.unsqueeze(0) if positions.ndim == 2 else positions[-3:]
+    next_position = rotary.masked_fill(~valid, -1).amax((0, 2)) + 1
+    if compact:
+        first = rotary.masked_fill(~valid, torch.iinfo(rotary.dtype).max).amin((0, 2))
+        shortened = (first.unsqueeze(1) + rank).expand(*positions.shape[:-1], -1)
+        gap = next_position - (first + columns.mask.sum(1))
+        return shortened, next_position - gap, gap if shift is None else shift + gap
+    shortened = columns.gather(positions)
+    if shortened.ndim == 3 and len(shortened) == 4:
+        shortened[0] = call.past_length + rank
+    return shortened, next_position, shift
