@@ -127,7 +127,9 @@ def _decode(
         taken.append(at - start)
         bar.update()
 
-    bar = tqdm(total=len(wanted), desc="decoding", unit="frame", disable=not progress, delay=1, leave=False)
+    bar = tqdm(
+        total=len(wanted), desc="decoding", unit="frame", disable=None if progress else True, delay=1, leave=False
+    )
     with bar:
         for number, frame in enumerate(_frames(container, stream, picture)):
             if index.first_pts is None or frame.pts is None:

@@ -1,0 +1,108 @@
+"""What a call took: seconds of each stage, and the peak of its memory."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .adapters import find_adapter
+from .stopwatch import Stopwatch
+
+
+@dataclass
+class Measurement:
+    """Filled when the context of ``measure`` ends."""
+
+    vision: float = 0.0
+    """Seconds in the vision tower."""
+    prefill: float = 0.0
+    """Seconds in the language model's first call, in which it reads the prompt."""
+    total: float = 0.0
+    """Seconds in the whole context."""
+    peak_bytes: int | None = None
+    """Most memory in use at a time, less what was in use at the start: of the GPU, else of the process.
+    None: unknown."""
+    _stopwatch: Stopwatch = field(default_factory=Stopwatch, repr=False)
+
+
+@contextmanager
+def measure(model: torch.nn.Module) -> Iterator[Measurement]:
+    """Measure one call of ``model`` (one with an adapter) or of its ``generate``, selector attached or not."""
+    device = next(model.parameters()).device
+    result = Measurement()
+    watch = result._stopwatch
+    parts = find_adapter(model).parts(model)
+    hooks = [*_time(watch, "vision", parts.vision, device), *_time(watch, "prefill", parts.decoder, device, once=True)]
+    try:
+        with _peak_memory(device) as peak:
+            start = time.perf_counter()
+            yield result
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            result.total = time.perf_counter() - start
+        seconds = watch.seconds()
+        result.vision, result.prefill = seconds.get("vision", 0.0), seconds.get("prefill", 0.0)
+        result.peak_bytes = peak()
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _time(
+    watch: Stopwatch, stage: str, module: torch.nn.Module, device: torch.device, once: bool = False
+) -> list[torch.utils.hooks.RemovableHandle]:
+    state = {"calls": 0}
+
+    def before(*_: object) -> None:
+        state["calls"] += 1
+        if state["calls"] == 1 or not once:
+            watch.start(stage, device)
+
+    def after(*_: object) -> None:
+        if state["calls"] == 1 or not once:
+            watch.stop(stage, device)
+
+    # Innermost of all hooks, so that the work of a selector's own hooks on the decoder is not in "prefill".
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after, prepend=True)]
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator:
+    if device.type == "cuda":
+        start = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - start
+        return
+    start = resident_bytes()
+    if start is None:
+        yield lambda: None
+        return
+    peak, stop = start, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not stop.wait(0.002):
+            peak = max(peak, resident_bytes())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield lambda: peak - start
+    finally:
+        stop.set()
+        thread.join()
+
+
+def resident_bytes() -> int | None:
+    """Memory of this process that is in RAM. None where the system does not tell (no /proc)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    import resource
+
+    return pages * resource.getpagesize()
