@@ -84,6 +84,9 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise AskError(f"model {name}: no such folder")
     device = _device(arguments.device)
+    transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     try:
         check_version(transformers.__version__)
         model, processor, trained = load_model(name, dtype=_dtype(arguments.dtype, device), device=device)

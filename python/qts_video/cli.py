@@ -174,8 +174,8 @@ def _fail(message: str) -> int:
 
 
 def _quiet() -> None:
-    """Keep libraries' retries and advice off the screen: what goes wrong is told in one line of our own."""
-    settings = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    """Keep the libraries' retries and advice off the screen: what goes wrong is told in one line of our own."""
+    settings = {"HF_HUB_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
     if not sys.stderr.isatty():
         settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for name, value in settings.items():

@@ -144,8 +144,9 @@ def names(methods: object) -> set[str]:
 
 def _version(package: str) -> str | None:
     """Version of an installed package, None where it is not installed."""
+    loaded = getattr(sys.modules.get(package), "__version__", None)  # torch's says what it was built for
     try:
-        return version(package)
+        return loaded or version(package)
     except PackageNotFoundError:
         found = importlib.util.find_spec(package.replace("-", "_"))
         return "unknown version" if found else None

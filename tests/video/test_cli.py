@@ -1,0 +1,206 @@
+"""The command as a person meets it: what it prints where, and how it says no."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from video.clips import write_clip, write_sound
+
+pytest.importorskip("transformers")
+
+from qts_video import embedded
+from qts_video.cli import build_parser, main
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return str(embedded.save(tmp_path_factory.mktemp("checkpoint")))
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    return str(write_clip(tmp_path_factory.mktemp("film") / "a.mp4", frames=36, rate=12, size=(112, 84)))
+
+
+@pytest.fixture
+def ask(checkpoint, film, capsys):
+    def run(*options: str, video: str = film, question: str = "What moves?", model: str = checkpoint):
+        status = main(["ask", video, question, "--model", model, "--max-new-tokens", "3", *options])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+def test_answer_on_stdout_and_the_rest_on_stderr(ask):
+    status, out, err = ask("--method", "none")
+    assert status == 0
+    assert out.count("\n") == 1
+    assert "36 of 36 video tokens (100.0%), method none" in err
+    assert "prefill" in err
+    assert "selection" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        (["--method", "uniform", "--retention-ratio", "0.25"], 9),
+        (["--method", "random", "--max-tokens", "7"], 7),
+        (["--method", "uniform", "--max-tokens", "5", "--positions", "compact"], 5),
+    ],
+)
+def test_json(ask, options, kept):
+    status, out, _ = ask("--json", *options)
+    said = json.loads(out)
+    assert status == 0
+    assert (said["tokens"], said["kept"]) == (36, kept)
+    assert said["retention_ratio"] == kept / 36
+    assert said["grid"] == [3, 3, 4]
+    assert set(said["timings"]) == {"vision", "selection", "prefill", "total"}
+    assert said["frames"]["seconds"] == pytest.approx([0, 0.5, 1, 1.5, 2, 2.5], abs=1e-3)
+    tokens = said["kept_tokens"]
+    assert len(tokens["index"]) == kept
+    for index, frame, row, column, seconds in zip(
+        *(tokens[key] for key in ("index", "frame", "row", "column", "seconds")), strict=True
+    ):
+        assert index == (frame * 3 + row) * 4 + column
+        assert seconds == pytest.approx(frame * 1.0)
+
+
+def test_json_without_selection(ask):
+    said = json.loads(ask("--json", "--method", "none")[1])
+    assert said["kept"] == said["tokens"] == 36
+    assert said["kept_tokens"] is None
+
+
+def test_positions_and_fps_reach_the_model(ask):
+    assert json.loads(ask("--json", "--method", "uniform", "--positions", "compact")[1])["positions"] == "compact"
+    said = json.loads(ask("--json", "--method", "none", "--fps", "4")[1])
+    assert said["tokens"] == 72
+    assert said["frames"]["sampled_fps"] == 4
+    assert json.loads(ask("--json", "--method", "none", "--max-frames", "2")[1])["tokens"] == 12
+    assert json.loads(ask("--json", "--method", "none", "--max-pixels", str(84 * 84))[1])["tokens"] == 3 * 2 * 3
+
+
+def test_overlay(ask, tmp_path):
+    status, _, err = ask("--method", "uniform", "--max-tokens", "4", "--save-overlay", str(tmp_path / "kept.png"))
+    assert status == 0
+    assert (tmp_path / "kept.png").read_bytes().startswith(b"\x89PNG")
+    assert "kept.png" in err
+
+
+def test_folder_of_frames(ask, tmp_path):
+    from PIL import Image
+
+    for number in range(4):
+        Image.new("RGB", (112, 84)).save(tmp_path / f"{number}.png")
+    said = json.loads(ask("--json", "--method", "none", video=str(tmp_path))[1])
+    assert said["tokens"] == 2 * 12
+
+
+class TestNo:
+    """One line on stderr, nothing on stdout, status 2."""
+
+    def refuses(self, result, *words: str):
+        status, out, err = result
+        assert status == 2
+        assert out == ""
+        assert err.count("\n") == 1
+        assert err.startswith("qts: ")
+        assert all(word in err for word in words)
+
+    def test_missing_video(self, ask, tmp_path):
+        self.refuses(ask(video=str(tmp_path / "none.mp4")), "none.mp4", "no such file")
+
+    def test_sound_alone(self, ask, tmp_path):
+        self.refuses(ask(video=str(write_sound(tmp_path / "a.m4a"))), "a.m4a", "no video")
+
+    def test_not_a_video(self, ask, tmp_path):
+        (tmp_path / "a.mp4").write_text("text")
+        self.refuses(ask("--json", video=str(tmp_path / "a.mp4")), "a.mp4", "not a video")
+
+    def test_missing_model_folder(self, ask, tmp_path):
+        self.refuses(ask(model=str(tmp_path / "none")), "none", "no such folder")
+
+    def test_folder_that_is_no_model(self, ask, tmp_path):
+        self.refuses(ask("--method", "none", model=str(tmp_path)), "model", str(tmp_path))
+
+    def test_model_of_another_kind(self, ask, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+        self.refuses(ask("--method", "none", model=str(tmp_path)), "bert", "qwen2_5_vl")
+
+    def test_unknown_model_on_the_hub(self, ask, monkeypatch):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        self.refuses(ask("--method", "none", model="nobody/no-such-model"), "nobody/no-such-model")
+
+    def test_device(self, ask):
+        self.refuses(ask("--method", "none", "--device", "nonsense"), "nonsense")
+
+    def test_overlay_of_nothing(self, ask, tmp_path):
+        self.refuses(ask("--method", "none", "--save-overlay", str(tmp_path / "a.png")), "--save-overlay")
+
+    def test_frames_that_the_processor_refuses(self, ask, tmp_path):
+        from PIL import Image
+
+        Image.new("RGB", (6000, 4)).save(tmp_path / "0.png")
+        self.refuses(ask("--method", "none", video=str(tmp_path)), str(tmp_path), "aspect ratio")
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ["--retention-ratio", "0"],
+            ["--retention-ratio", "1.5"],
+            ["--max-tokens", "0"],
+            ["--retention-ratio", "0.5", "--max-tokens", "5"],
+            ["--method", "magic"],
+            ["--fps", "0"],
+            ["--fps", "nan"],
+            ["--dtype", "int8"],
+            ["--positions", "other"],
+        ],
+    )
+    def test_options(self, ask, options, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            ask(*options)
+        assert stopped.value.code == 2
+        assert options[0] in capsys.readouterr().err
+
+    def test_no_command(self, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            main([])
+        assert stopped.value.code == 2
+
+
+def test_demo(tmp_path, capsys):
+    assert main(["demo", "--output", str(tmp_path / "out")]) == 0
+    out, _ = capsys.readouterr()
+    assert "RANDOM weights" in out
+    picture = tmp_path / "out" / "selection.png"
+    assert str(picture) in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "film.mp4").stat().st_size > 1000
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line[:7] in ("none   ", "uniform", "qtsplus")}
+    assert rows["none"][1] == rows["none"][2] == rows["uniform"][1]
+    total = int(rows["none"][1].replace(",", ""))
+    assert total > 2000
+    assert int(rows["uniform"][2].replace(",", "")) == -(-total // 10)
+
+
+def test_help_names_every_option_and_needs_no_models():
+    code = (
+        "import sys, qts_video.cli as c\n"
+        "try: c.main(['ask', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'transformers', 'av', 'matplotlib', 'triton'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for option in ("--method", "--retention-ratio", "--max-tokens", "--selector", "--fps", "--json", "--save-overlay"):
+        assert option in done.stdout
+
+
+def test_every_option_has_help():
+    ask = next(a for a in build_parser()._actions if a.dest == "command").choices["ask"]
+    assert all(action.help for action in ask._actions)

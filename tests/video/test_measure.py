@@ -1,0 +1,50 @@
+"""Times and memory are of the call that was measured, and nothing stays behind."""
+
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from qts_video import embedded
+from qts_video.measure import measure, resident_bytes
+
+
+@pytest.fixture(scope="module")
+def model():
+    return embedded.build()[0]
+
+
+def hooks(model) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_prefill_is_the_first_call_alone(model):
+    before = hooks(model)
+    ids = torch.arange(10)[None] + 5
+    with measure(model) as both, torch.no_grad():
+        model(input_ids=ids)
+        first = both._stopwatch.seconds()["prefill"]
+        model(input_ids=ids)
+    assert both.prefill == first > 0
+    assert both.total > both.prefill
+    assert both.vision == 0
+    assert hooks(model) == before
+
+
+def test_hooks_go_when_the_call_fails(model):
+    before = hooks(model)
+    with pytest.raises(RuntimeError, match="mine"), measure(model):
+        raise RuntimeError("mine")
+    assert hooks(model) == before
+
+
+@pytest.mark.skipif(resident_bytes() is None, reason="no /proc here")
+def test_peak_memory_sees_what_was_freed_in_between(model):
+    size = 64 * 2**20
+    with measure(model) as took:
+        block = torch.ones(size, dtype=torch.uint8)
+        time.sleep(0.05)
+        del block
+    assert size <= took.peak_bytes < 1.5 * size

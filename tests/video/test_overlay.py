@@ -1,0 +1,89 @@
+"""The picture shows what the report says."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+from PIL import Image
+from qts_video.overlay import _light, draw_selection
+from qts_video.report import VideoReport
+
+
+def report(grid, indices, scores=True, step=0.5) -> VideoReport:
+    steps, rows, columns = grid
+    indices = torch.tensor(indices)
+    frame = indices // (rows * columns)
+    return VideoReport(
+        sample=0,
+        grid=grid,
+        indices=indices,
+        frame=frame,
+        row=indices // columns % rows,
+        column=indices % columns,
+        seconds=frame * step,
+        frame_seconds=torch.arange(steps) * step,
+        scores=torch.rand(steps * rows * columns) if scores else None,
+    )
+
+
+def test_kept_tokens_keep_their_light_and_the_rest_lose_it():
+    frame = np.random.default_rng(0).integers(60, 255, (30, 50, 3)).astype(np.uint8)
+    kept = np.zeros((3, 5), bool)
+    kept[1, 2] = kept[2, 4] = True
+    lit = _light(frame, kept)
+    for row in range(3):
+        for column in range(5):
+            block = np.s_[10 * row : 10 * row + 10, 10 * column : 10 * column + 10]
+            if kept[row, column]:
+                np.testing.assert_array_equal(lit[block], frame[block])
+            else:
+                assert lit[block].mean() < 0.5 * frame[block].mean()
+                assert lit[block].max() < 0.5 * 255
+
+
+def test_sizes_that_do_not_divide():
+    lit = _light(np.full((31, 47, 3), 200, np.uint8), np.eye(3, dtype=bool))
+    assert lit.shape == (31, 47, 3)
+    assert lit[0, 0, 0] == lit[-1, -1, 0] == 200
+    assert lit[0, -1, 0] < 100
+
+
+@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize(
+    ("grid", "frames", "size"),
+    [
+        ((6, 4, 7), 12, (56, 98)),
+        ((3, 7, 4), 5, (98, 56)),
+        ((1, 2, 2), 1, (28, 28)),
+        ((40, 2, 3), 80, (28, 42)),
+    ],
+)
+def test_draws_every_shape(tmp_path, grid, frames, size, scores):
+    pictures = torch.randint(0, 255, (frames, 3, *size), dtype=torch.uint8)
+    path = draw_selection(
+        tmp_path / "new" / "a.png",
+        pictures,
+        report(grid, [0, 3], scores),
+        title="A question that is long enough to be wrapped " * 6,
+        subtitle="kept 2",
+    )
+    with Image.open(path) as image:
+        assert image.width == 1500
+        assert image.height < 3000
+
+
+def test_the_kept_token_is_where_the_light_is(tmp_path):
+    """One step, white frames, one kept token: the only white block lies right of the middle of its panel."""
+    white = torch.full((2, 3, 56, 112), 255, dtype=torch.uint8)
+    path = draw_selection(tmp_path / "a.png", white, report((1, 2, 4), [2], scores=False), title="t")
+    picture = np.asarray(Image.open(path).convert("L")).astype(int)
+    dark = (picture > 80) & (picture < 110)
+    rows, columns = np.where(dark.sum(axis=1) > 200)[0], np.where(dark.sum(axis=0) > 50)[0]
+    panel = picture[rows[0] : rows[-1], columns[0] : columns[-1]]
+    height, width = panel.shape
+    light = panel > 250
+    assert light[8 : height // 2 - 8, width // 2 + 8 : 3 * width // 4 - 8].all()
+    assert not light[height // 2 + 8 :].any()
+    assert not light[:, : width // 2 - 8].any()
