@@ -12,7 +12,8 @@ typedef int32_t VecI __attribute__((vector_size(LANES * 4)));
 typedef uint32_t VecU __attribute__((vector_size(LANES * 4)));
 typedef uint16_t VecH __attribute__((vector_size(LANES * 2)));
 
-QTS_INLINE Vec broadcast(float x) { return Vec{} + x; }
+// Less zero, which compiles to the broadcast alone; plus zero would turn -0 into +0.
+QTS_INLINE Vec broadcast(float x) { return x - Vec{}; }
 
 template <typename To, typename From>
 QTS_INLINE To bit_cast(From from) {
@@ -154,6 +155,34 @@ QTS_INLINE void store_part(T* to, Vec x, int64_t n) {
   T padded[LANES];
   store(padded, x);
   __builtin_memcpy(to, padded, n * sizeof(T));
+}
+
+// The lanes' number in one: 0, 1, 2, ...
+QTS_INLINE VecI lane_index() {
+  int32_t lane[LANES];
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+  return load_as<VecI>(lane);
+}
+
+// Whether a > b in any lane.
+QTS_INLINE bool any_greater(Vec a, Vec b) {
+#if defined(QTS_AVX512)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif defined(QTS_AVX2)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+#else
+  const VecI greater = a > b;
+  int32_t any = 0;
+  for (int i = 0; i < LANES; ++i) any |= greater[i];
+  return any != 0;
+#endif
+}
+
+QTS_INLINE float max_lanes(Vec x) {
+  float lane[LANES];
+  store(lane, x);
+  for (int i = 1; i < LANES; ++i) lane[0] = lane[i] > lane[0] ? lane[i] : lane[0];
+  return lane[0];
 }
 
 QTS_INLINE float sum_lanes(Vec x) {

@@ -1,4 +1,4 @@
-// What follows, up to target_end.h, is compiled for avx512 whatever the compiler's flags. Include it within #if QTS_X86. See isa.h.
+// What follows in this file is compiled for avx512 whatever the compiler's flags. Include it within #if QTS_X86. See isa.h.
 #include "cpu/simd_includes.h"
 
 #define QTS_ISA avx512
@@ -10,6 +10,5 @@
 #else
 // GCC 12's own AVX-512 intrinsics trip this warning (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl")
 #endif
