@@ -29,10 +29,10 @@ class _Index:
 def read_file(path: str, fps: float, min_frames: int, max_frames: int, limits: Limits, progress: bool = False) -> Video:
     """See ``video.read_video``."""
     try:
-        with av.open(path) as container:
+        with _open(path) as container:
             index = _scan(container, _video_stream(container, path), path)
         samples = sample(index.times, fps, min_frames, max_frames)
-        with av.open(path) as container:
+        with _open(path) as container:
             stream = _video_stream(container, path)
             picture = _Picture(limits, len(samples.indices), stream.sample_aspect_ratio)
             promised = float((stream.duration or 0) * stream.time_base)
@@ -61,18 +61,40 @@ def read_file(path: str, fps: float, min_frames: int, max_frames: int, limits: L
     )
 
 
+def _open(path: str) -> av.container.InputContainer:
+    return av.open(path, metadata_errors="replace")  # a title in another encoding is no reason to fail
+
+
 def _video_stream(container: av.container.InputContainer, path: str) -> av.VideoStream:
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    stream = max(streams, key=_prominence, default=None)
-    if stream is None:
+    if not streams:
         kinds = sorted({s.type for s in container.streams})
         raise VideoError(f"{path}: no video in this file (it holds {', '.join(kinds) or 'nothing'})")
-    if stream.codec_context is None:
-        raise VideoError(f"{path}: FFmpeg has no decoder for its video stream")
+    streams = [s for s in streams if s.codec_context is not None]
+    if not streams:
+        raise VideoError(f"{path}: FFmpeg has no decoder for the video in it")
+    stream = max(streams, key=_prominence)
     if stream.codec_context.name in _TEXT_CODECS:
         raise VideoError(f"{path}: not a video (a text file)")
     stream.thread_type = "AUTO"
     return stream
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """The stream's packets up to where the file is broken, if it is."""
+    got_any = False
+    while True:
+        try:
+            for packet in container.demux(stream):
+                got_any = True
+                yield packet
+            return
+        except IndexError:
+            continue  # PyAV trips over the packets of streams that appear midway, as they do in broadcasts
+        except av.FFmpegError:
+            if not got_any:
+                raise
+            return
 
 
 def _prominence(stream: av.VideoStream) -> tuple[bool, int]:
@@ -81,7 +103,9 @@ def _prominence(stream: av.VideoStream) -> tuple[bool, int]:
 
 def _scan(container: av.container.InputContainer, stream: av.VideoStream, path: str) -> _Index:
     """The time of every frame from the packets alone: headers often lack counts and durations."""
-    packets = [(p.pts, p.duration or 0, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+    packets = [
+        (p.pts, p.duration or 0, p.is_keyframe) for p in _packets(container, stream) if p.size and not p.is_discard
+    ]
     if not packets:
         raise VideoError(f"{path}: the video stream is empty")
     # A stream cut from a live one may begin between keyframes; what precedes the first does not decode.
@@ -155,7 +179,7 @@ def _frames(
     container: av.container.InputContainer, stream: av.VideoStream, picture: "_Picture"
 ) -> Iterator[av.VideoFrame]:
     damaged = 0
-    for packet in container.demux(stream):
+    for packet in _packets(container, stream):
         try:
             yield from packet.decode()
         except av.InvalidDataError:

@@ -167,9 +167,12 @@ def sample(times: np.ndarray, fps: float, min_frames: int, max_frames: int) -> S
 
 
 def sampled_seconds(times: np.ndarray, samples: Samples) -> list[float]:
-    """The time of each sample: of its frame, or the moment of sampling where the frame was already taken."""
+    """The time of each sample: of its frame, or the moment of sampling where the frame was already taken.
+
+    Never descends: in a damaged file the times of what decodes may run backwards.
+    """
     repeats = np.diff(samples.indices, prepend=-1) == 0
-    return np.where(repeats, samples.targets, times[samples.indices]).tolist()
+    return np.maximum.accumulate(np.where(repeats, samples.targets, times[samples.indices])).tolist()
 
 
 def _usual_gap(times: np.ndarray) -> float:

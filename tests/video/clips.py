@@ -28,6 +28,7 @@ def write_clip(
     to: object = None,
     format: str | None = None,
     container_options: dict[str, str] | None = None,
+    title: str | None = None,
     **options: str,
 ) -> Path:
     """Write frame i at ``times[i]`` seconds (default i / rate). Size is (width, height).
@@ -38,6 +39,8 @@ def write_clip(
     width, height = size
     times = [i / rate for i in range(frames)] if times is None else times
     with av.open(to or str(path), "w", format=format, options=container_options or {}) as container:
+        if title:
+            container.metadata["title"] = title
         stream = container.add_stream(codec, rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)

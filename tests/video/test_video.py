@@ -374,3 +374,38 @@ def test_samples_are_bounded_and_ascending(n, fps):
     assert samples.indices.min() >= 0
     assert samples.indices.max() < n
     assert samples.fps > 0
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "h264"])
+def test_damaged_files_give_frames_or_one_error(tmp_path, suffix):
+    """Bytes flipped, cut off and missing: whatever is left is read in order, or refused in one line."""
+    whole = write_clip(tmp_path / f"whole.{suffix}", frames=20, g="8").read_bytes()
+    noise = np.random.default_rng(0)
+    read = 0
+    for number in range(25):
+        data = np.frombuffer(whole, np.uint8).copy()
+        hit = noise.integers(0, len(data), (1, 5, 40)[number % 3])
+        data[hit] = noise.integers(0, 256, len(hit))
+        if number % 4 == 0:
+            data = data[: noise.integers(1, len(data))]
+        if number % 5 == 0:
+            data = data[noise.integers(0, len(data)) :]
+        path = tmp_path / f"damaged.{suffix}"
+        path.write_bytes(data.tobytes())
+        try:
+            video = read_video(path)
+        except VideoError:
+            continue
+        read += 1
+        assert len(video.frames) == len(video.seconds) == len(video.frame_indices) > 0
+        assert video.seconds[0] == 0.0
+        assert video.seconds == sorted(video.seconds)
+    assert 0 < read < 25
+
+
+def test_titles_in_other_encodings(tmp_path):
+    path = write_clip(tmp_path / "a.mkv", title="AAAA-title")
+    data = path.read_bytes()
+    assert b"AAAA-title" in data
+    path.write_bytes(data.replace(b"AAAA-title", b"\xff\xfe\xc0\xe8-title"))
+    assert len(read_video(path).frames) == 4
