@@ -1,0 +1,33 @@
+"""The re-encoder: kept tokens see each other, and when they were."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qts_kernels import add_rms_norm
+from qts_kernels.nn.layers import EPS, AttentionBlock, fold_norm
+from qts_kernels.ops.reencode.attention import varlen_attention
+
+
+class ReencodeLayer(nn.Module):
+    """A bidirectional layer over each segment: z += o_proj(attention(N z)); z += FFN(N z). GQA, no RoPE.
+
+    The residual add before its first norm belongs to whoever made z, so that the two run in one pass.
+    """
+
+    def __init__(self, d_model: int, num_heads: int, num_kv_heads: int) -> None:
+        super().__init__()
+        self.core = AttentionBlock(d_model, num_heads, num_kv_heads)
+
+    def forward(self, residual: Tensor, normed: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+        """residual z [N, D], and normed [N, D] = z / rms(z), without a weight -> (update, z') with the layer's output
+        z' + update. Rows behind ``cu_seqlens[-1]`` come out finite where they went in finite."""
+        core = self.core
+        projections = ((core.q_proj, core.q_norm), (core.k_proj, core.kv_norm), (core.v_proj, core.kv_norm))
+        weight = torch.cat([fold_norm(norm, projection) for projection, norm in projections])
+        bias = torch.cat([projection.bias for projection, _ in projections])
+        widths = [projection.out_features for projection, _ in projections]
+        query, key, value = map(core.split_heads, F.linear(normed, weight, bias).split(widths, dim=-1))
+        attended = core.o_proj(varlen_attention(query, key, value, cu_seqlens, max_seqlen).flatten(1))
+        residual, normed = add_rms_norm(attended.to(residual.dtype), residual, core.ffn_norm.weight, EPS)
+        return core.ffn(normed).to(residual.dtype), residual
