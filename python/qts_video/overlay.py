@@ -92,13 +92,12 @@ def draw_selection(
 
 
 def _light(frame: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """[H, W, 3]: kept tokens as they are, the rest dark and nearly grey."""
+    """[H, W, 3]: kept tokens as they are, the rest behind a grey haze, which shows on dark and bright films alike."""
     height, width = frame.shape[:2]
     row = np.arange(height) * kept.shape[0] // height
     column = np.arange(width) * kept.shape[1] // width
-    grey = frame.mean(axis=2, keepdims=True)
-    dark = (0.38 * (0.3 * frame + 0.7 * grey)).astype(np.uint8)
-    return np.where(kept[row][:, column][..., None], frame, dark)
+    haze = 0.35 * (0.25 * frame + 0.75 * frame.mean(axis=2, keepdims=True)) + 62
+    return np.where(kept[row][:, column][..., None], frame, haze.astype(np.uint8))
 
 
 def _outline(axes: "Axes", kept: np.ndarray) -> None:

@@ -28,8 +28,8 @@ def report(grid, indices, scores=True, step=0.5) -> VideoReport:
     )
 
 
-def test_kept_tokens_keep_their_light_and_the_rest_lose_it():
-    frame = np.random.default_rng(0).integers(60, 255, (30, 50, 3)).astype(np.uint8)
+def test_kept_tokens_are_untouched_and_the_rest_lie_in_haze():
+    frame = np.random.default_rng(0).integers(0, 255, (30, 50, 3)).astype(np.uint8)
     kept = np.zeros((3, 5), bool)
     kept[1, 2] = kept[2, 4] = True
     lit = _light(frame, kept)
@@ -39,15 +39,16 @@ def test_kept_tokens_keep_their_light_and_the_rest_lose_it():
             if kept[row, column]:
                 np.testing.assert_array_equal(lit[block], frame[block])
             else:
-                assert lit[block].mean() < 0.5 * frame[block].mean()
-                assert lit[block].max() < 0.5 * 255
+                assert lit[block].std() < 0.4 * frame[block].std()
+                assert lit[block].min() > 60
+                assert lit[block].max() < 155
 
 
 def test_sizes_that_do_not_divide():
     lit = _light(np.full((31, 47, 3), 200, np.uint8), np.eye(3, dtype=bool))
     assert lit.shape == (31, 47, 3)
     assert lit[0, 0, 0] == lit[-1, -1, 0] == 200
-    assert lit[0, -1, 0] < 100
+    assert lit[0, -1, 0] < 150
 
 
 @pytest.mark.parametrize("scores", [True, False])
@@ -79,7 +80,7 @@ def test_the_kept_token_is_where_the_light_is(tmp_path):
     white = torch.full((2, 3, 56, 112), 255, dtype=torch.uint8)
     path = draw_selection(tmp_path / "a.png", white, report((1, 2, 4), [2], scores=False), title="t")
     picture = np.asarray(Image.open(path).convert("L")).astype(int)
-    dark = (picture > 80) & (picture < 110)
+    dark = (picture > 145) & (picture < 157)
     rows, columns = np.where(dark.sum(axis=1) > 200)[0], np.where(dark.sum(axis=0) > 50)[0]
     panel = picture[rows[0] : rows[-1], columns[0] : columns[-1]]
     height, width = panel.shape
