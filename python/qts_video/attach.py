@@ -52,7 +52,7 @@ def attach(
 
     check_version(transformers.__version__)
     adapter = find_adapter(model)
-    if not isinstance(selector, Selector) or not callable(selector.select):
+    if isinstance(selector, type) or not isinstance(selector, Selector):
         raise TypeError(
             f"a selector has a name, needs_question and select(videos); got {type(selector).__name__} {selector!r}"
         )

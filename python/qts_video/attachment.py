@@ -11,7 +11,7 @@ from qts_video.adapters import Adapter
 from qts_video.checks import check_selection
 from qts_video.decode import check_continuation, translate_decoder_inputs
 from qts_video.dropped import forget_if_reset, recall, remember
-from qts_video.generation import MISSING_TOKEN_TYPES, Generation, check_generate, read_generation
+from qts_video.generation import Generation, check_generate, read_generation
 from qts_video.layout import locate_videos, repeat_samples, to_host
 from qts_video.methods.base import Selector
 from qts_video.prefill import Call, Prefill, add_question, pack_videos, shorten_decoder_inputs
@@ -188,9 +188,13 @@ class Attachment:
                 "attention_mask must be [B, L] where videos are selected from; a 4-D mask can't be shortened"
             )
         if self.adapter.needs_token_types(self.model) and all(
-            inputs.get(name) is None for name in ("mm_token_type_ids", "position_ids")
+            source.get(name) is None for name in ("mm_token_type_ids", "position_ids")
         ):
-            raise ValueError(MISSING_TOKEN_TYPES)
+            raise ValueError(
+                "mm_token_type_ids is missing: without it, this transformers version silently gives video tokens 1-D "
+                "positions. The processor returns it (return_mm_token_type_ids=True); it is 2 where input_ids are the "
+                "video token, 1 where they are the image token, else 0"
+            )
         valid = torch.ones(prompt.shape, dtype=torch.bool)
         if mask is not None:
             past = recall(inputs.get("past_key_values"))
@@ -332,7 +336,7 @@ class Attachment:
         if self._selecting:
             return self._unhooked_generate(*args, **kwargs)
         generation = read_generation(self._unhooked_generate, args, kwargs, self.adapter.video_token_id(self.model))
-        check_generate(generation, self.model.generation_config, self.adapter.needs_token_types(self.model))
+        check_generate(generation, self.model.generation_config)
         cache = generation.arguments.get("past_key_values")
         fresh = cache is None or int(cache.get_seq_length()) == 0
         prefills, outer = self.prefills, self._generation

@@ -24,8 +24,9 @@ def check_continuation(
     seen = past_length + dropped.removed
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         continues = attention_mask.shape[1] == seen + fed
-    elif attention_mask is None and fed > 1 and position_ids is not None and len(position_ids) == 4:
-        continues = int(position_ids[0, 0, 0]) == seen
+    elif attention_mask is None and fed > 1 and position_ids is not None:
+        first = position_ids.unsqueeze(0)[-1, :, 0] if position_ids.ndim == 2 else position_ids[-1, :, 0]
+        continues = bool((first == dropped.callers_next_position + past_length - dropped.kept).all())
     else:
         continues = True
     if not continues:

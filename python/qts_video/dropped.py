@@ -32,6 +32,11 @@ class Dropped:
     def removed(self) -> int:
         return self.seen - self.kept
 
+    @property
+    def callers_next_position(self) -> torch.Tensor:
+        """[B] int64: what the caller takes each sample's next position to be."""
+        return self.next_position if self.shift is None else self.next_position + self.shift
+
     def mask_2d(self, mask: torch.Tensor | None, fed: int, dtype: torch.dtype = torch.int64) -> torch.Tensor | None:
         """The mask over our slots, given the caller's mask [B, seen + later columns] or None, where ``fed``
         columns came later.

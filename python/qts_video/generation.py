@@ -43,7 +43,7 @@ def read_generation(
     return Generation(arguments, ids, has_video=ids is not None and bool((ids == video_token_id).any()))
 
 
-def check_generate(generation: Generation, default_config: Any, needs_token_types: bool) -> None:
+def check_generate(generation: Generation, default_config: Any) -> None:
     """Raise ValueError where a prompt with videos is generated from in a way that selection does not
     support."""
     if not generation.has_video:
@@ -55,12 +55,3 @@ def check_generate(generation: Generation, default_config: Any, needs_token_type
             given = getattr(config, name, None) if given is None else given
         if given is not None:
             raise ValueError(f"{what} ({name}) is not supported while a selector is attached; leave it out")
-    if needs_token_types and arguments.get("mm_token_type_ids") is None and arguments.get("position_ids") is None:
-        raise ValueError(MISSING_TOKEN_TYPES)
-
-
-MISSING_TOKEN_TYPES = (
-    "mm_token_type_ids is missing: without it, this transformers version silently gives video tokens 1-D positions. "
-    "The processor returns it (return_mm_token_type_ids=True); it is 2 where input_ids are the video token, 1 where "
-    "they are the image token, else 0"
-)

@@ -106,6 +106,8 @@ def _question_ids(question: str | Sequence[int] | torch.Tensor, tokenizer: Any |
             raise ValueError("a question given as text needs attach(..., tokenizer=...); else give its token ids")
         return torch.tensor(_encode(tokenizer, question), dtype=torch.int64)
     ids = torch.as_tensor(question)
+    if ids.numel() == 0:
+        return ids.new_empty(0, dtype=torch.int64)
     if ids.ndim != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise TypeError(
             f"a question's token ids must be integers of shape [L], got {ids.dtype} of shape {list(ids.shape)}"
