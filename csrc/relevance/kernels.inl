@@ -1,0 +1,201 @@
+// Relevance's kernels, compiled once an instruction set; kernels.h says what each does.
+
+#include "cpu/simd.inl"
+#include "relevance/pack.inl"
+
+namespace qts::QTS_ISA {
+namespace {
+
+using relevance::Head;
+using relevance::Type;
+
+constexpr float LOWEST = -3.402823466e38f;
+constexpr float HIGHEST = 3.402823466e38f;
+constexpr float INFINITE = __builtin_inff();
+
+// A tile of scores, one row of keys after another.
+struct alignas(64) Tile {
+  float at[TILE_ROWS][TILE_KEYS];
+};
+
+// What a panel of keys needs beside its packed words.
+struct alignas(64) Panel {
+  const uint32_t* words;
+  int64_t steps;
+  int32_t begin;            // its first key
+  float factor[TILE_KEYS];  // scale * log2(e) * key_scale, 0 where there is no key
+};
+
+// tile = (packed query rows x packed panel) * factor. Rounded here, by itself, so that both passes see the same score
+// and no score exceeds its row's lse.
+template <typename Dot>
+__attribute__((noinline)) void product(const uint32_t* query, const Panel& panel, Tile& tile) {
+  Vec sum[TILE_ROWS][TILE_VECS] = {};
+  const uint32_t* key = panel.words;
+  for (int64_t step = 0; step < panel.steps; ++step) {
+    Vec k[TILE_VECS];
+#pragma GCC unroll 8
+    for (int j = 0; j < TILE_VECS; ++j) k[j] = load_as<Vec>(key + j * LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_ROWS; ++i) {
+      const Vec q = Dot::broadcast_word(query + i);
+#pragma GCC unroll 8
+      for (int j = 0; j < TILE_VECS; ++j) sum[i][j] = Dot::add(q, k[j], sum[i][j]);
+    }
+    query += TILE_ROWS;
+    key += TILE_KEYS;
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < TILE_VECS; ++j) {
+    const Vec factor = load(panel.factor + j * LANES);
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE_ROWS; ++i) store(tile.at[i] + j * LANES, sum[i][j] * factor);
+  }
+}
+
+void factors(const Head& head, int64_t begin, int64_t end, Panel& panel) {
+  for (int64_t m = 0; m < TILE_KEYS; ++m) {
+    panel.factor[m] = begin + m >= end ? 0.0f
+                      : head.key_scale ? head.factor * head.key_scale[begin + m]
+                                       : head.factor;
+  }
+}
+
+// -inf where the row does not see the key.
+void mask(const int32_t* limit, const Panel& panel, Tile& tile) {
+  for (int i = 0; i < TILE_ROWS; ++i) {
+    const VecI last = VecI{} + (limit[i] - panel.begin);
+    for (int j = 0; j < TILE_VECS; ++j) {
+      float* at = tile.at[i] + j * LANES;
+      store(at, select(lane_index() + j * LANES < last, load(at), broadcast(-INFINITE)));
+    }
+  }
+}
+
+// Calls use(row, tile) for each tile of rows that sees a key of the panel begin <= m < end.
+template <typename Source, typename Use>
+QTS_INLINE void for_each_tile(const Head& head, int64_t begin, int64_t end, uint32_t* words, Use use) {
+  Panel panel{words, Source::words(head.head_dim), static_cast<int32_t>(begin), {}};
+  const int64_t stop = begin + TILE_KEYS < end ? begin + TILE_KEYS : end;
+  pack_panel<Source>(head, begin, stop, words);
+  factors(head, begin, stop, panel);
+  Tile tile;
+  for (int64_t row = 0; row < head.rows; row += TILE_ROWS) {
+    int32_t least = head.limit[row], most = least;
+    for (int i = 1; i < TILE_ROWS; ++i) {
+      const int32_t limit = head.limit[row + i];
+      least = limit < least ? limit : least;
+      most = limit > most ? limit : most;
+    }
+    if (most <= begin) continue;
+    product<typename Source::Dot>(head.query + row * panel.steps, panel, tile);
+    if (least < begin + TILE_KEYS) mask(head.limit + row, panel, tile);
+    use(row, tile);
+  }
+}
+
+// The softmax statistics of one row over one tile. The running maximum is the row's, not the lane's: it seldom rises, so
+// that a tile costs TILE_VECS exponentials and a branch, not one more exponential to rescale the sum.
+QTS_INLINE void add_to_row(const float* score, float& max, float* sums) {
+  Vec s[TILE_VECS];
+  for (int j = 0; j < TILE_VECS; ++j) s[j] = load(score + j * LANES);
+  Vec top = s[0];
+  for (int j = 1; j < TILE_VECS; ++j) top = vmax(s[j], top);
+  Vec sum = load(sums);
+  if (any_greater(top, broadcast(max))) {
+    // Finite, so that an infinite score makes the sum infinite, not NaN.
+    float higher = max_lanes(vmax(top, broadcast(max)));
+    higher = higher < HIGHEST ? higher : HIGHEST;
+    sum *= exp2(broadcast(max - higher));
+    max = higher;
+  }
+  const Vec m = broadcast(max);
+  for (int j = 0; j < TILE_VECS; ++j) sum += exp2(s[j] - m);
+  store(sums, sum);
+}
+
+template <typename Source>
+void row_statistics(const Head& head, int64_t begin, int64_t end, uint32_t* words, float* sums, float* max,
+                    float* sum) {
+  for (int64_t r = 0; r < head.rows; ++r) max[r] = LOWEST;
+  for (int64_t i = 0; i < head.rows * LANES; ++i) sums[i] = 0;
+  for (int64_t m = begin; m < end; m += TILE_KEYS) {
+    for_each_tile<Source>(head, m, end, words, [&](int64_t row, const Tile& tile) {
+      for (int i = 0; i < TILE_ROWS; ++i) add_to_row(tile.at[i], max[row + i], sums + (row + i) * LANES);
+    });
+  }
+  for (int64_t r = 0; r < head.rows; ++r) sum[r] = sum_lanes(load(sums + r * LANES));
+}
+
+template <typename Source>
+void column_max(const Head& head, int64_t begin, int64_t end, const float* lse, uint32_t* words, float* best,
+                int64_t first_row, int64_t* best_row) {
+  Vec top[TILE_VECS];
+  for (int j = 0; j < TILE_VECS; ++j) top[j] = load(best + j * LANES);
+  if (best_row == nullptr) {
+    for_each_tile<Source>(head, begin, end, words, [&](int64_t row, const Tile& tile) {
+      for (int i = 0; i < TILE_ROWS; ++i) {
+        const Vec l = broadcast(lse[row + i]);
+        for (int j = 0; j < TILE_VECS; ++j) top[j] = vmax(load(tile.at[i] + j * LANES) - l, top[j]);
+      }
+    });
+  } else {
+    VecI which[TILE_VECS];
+    for (int j = 0; j < TILE_VECS; ++j) which[j] = VecI{} - 1;
+    for_each_tile<Source>(head, begin, end, words, [&](int64_t row, const Tile& tile) {
+      for (int i = 0; i < TILE_ROWS; ++i) {
+        const Vec l = broadcast(lse[row + i]);
+        for (int j = 0; j < TILE_VECS; ++j) {
+          const Vec v = load(tile.at[i] + j * LANES) - l;
+          // NaN is taken, and then kept: nothing is greater.
+          const VecI takes = (v > top[j]) | ((v != v) & (top[j] == top[j]));
+          top[j] = select(takes, v, top[j]);
+          which[j] = takes ? VecI{} + static_cast<int32_t>(row + i) : which[j];
+        }
+      }
+    });
+    int32_t row[TILE_KEYS];
+    __builtin_memcpy(row, which, sizeof(row));
+    for (int m = 0; m < TILE_KEYS; ++m) best_row[m] = row[m] < 0 ? best_row[m] : first_row + row[m];
+  }
+  for (int j = 0; j < TILE_VECS; ++j) store(best + j * LANES, top[j]);
+}
+
+template <typename Source>
+void column_sum(const Head& head, int64_t begin, int64_t end, const float* lse, uint32_t* words,
+                float* total) {
+  for_each_tile<Source>(head, begin, end, words, [&](int64_t row, const Tile& tile) {
+    for (int j = 0; j < TILE_VECS; ++j) {
+      Vec sum{};
+      for (int i = 0; i < TILE_ROWS; ++i) sum += exp2(load(tile.at[i] + j * LANES) - broadcast(lse[row + i]));
+      store(total + j * LANES, load(total + j * LANES) + sum);
+    }
+  });
+}
+
+void exp2_all(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += LANES) store(x + i, exp2(load(x + i)));
+}
+
+template <typename Source>
+constexpr relevance::Kernels kernels_of() {
+  return {TILE_ROWS,
+          TILE_KEYS,
+          LANES,
+          Source::words,
+          pack_query<Source>,
+          row_statistics<Source>,
+          column_max<Source>,
+          column_sum<Source>,
+          exp2_all};
+}
+
+}  // namespace
+
+const relevance::Kernels& relevance_kernels(Type type) {
+  static constexpr relevance::Kernels f32 = kernels_of<Float32>(), f16 = kernels_of<Converted<fp16>>(),
+                                      bf16 = kernels_of<Bf16>();
+  return type == Type::f32 ? f32 : type == Type::f16 ? f16 : bf16;
+}
+
+}  // namespace qts::QTS_ISA

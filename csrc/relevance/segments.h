@@ -1,0 +1,66 @@
+// The problem of one call: its segments, and where each keeps its statistics.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "relevance/kernels.h"
+
+namespace qts::relevance {
+
+// The tensors of one call, by address. Strides are in bytes.
+struct Input {
+  Type type;
+  const char *query, *key;
+  int64_t query_stride, query_head_stride, key_stride, key_head_stride;
+  int64_t query_rows, heads, kv_heads, head_dim;
+  const float* key_scale;  // or null
+  double scale;
+  bool causal;
+};
+
+struct Segment {
+  int64_t query_begin, length;  // its rows of the packed query axis
+  int64_t key_begin, keys;
+  int64_t column_begin, columns, out_begin;  // the wanted keys, counted from key_begin, and where their scores go
+  int64_t rows;                              // of one key head: group * length, rounded up to whole tiles
+  int64_t limit;                             // offset of its rows in Workspace::limit
+  int64_t row;                               // offset of its kv_heads * rows in Workspace::lse
+  int64_t chunk, chunks;                     // the keys of pass 1, in chunks
+  int64_t partial;                           // offset of its kv_heads * chunks * rows in Workspace::max and ::sum
+  // What pass 1 found: a row whose statistic is NaN makes every score NaN; +inf asks for a pass 2 that keeps NaN.
+  bool infinite = false;
+  int64_t nan_row = -1;  // h * length + l of the first
+};
+
+// Everything that is kept between the passes: O(H (L + Dh L + 64 L)) numbers, whatever M.
+class Workspace {
+ public:
+  Workspace(const Input& input, const Kernels& kernels, std::vector<Segment> all);
+
+  Head head(const Segment& segment, int64_t kv_head) const;
+
+  // Pass 1: the log-sum-exp of each row; natural logarithms go to lse_out [H, query_rows].
+  void row_statistics(float* lse_out);
+  // Pass 2: the scores and, unless null, the rows that attain them.
+  void column_scores(bool mean, float* scores, int64_t* argrow) const;
+
+ private:
+  void pack();
+  void merge(Segment& segment, float* lse_out);
+  void panel_scores(const Segment& segment, int64_t begin, bool mean, uint32_t* panel, float* scores,
+                    int64_t* argrow) const;
+  double flops() const;
+
+  const Input& in;
+  const Kernels& run;
+  std::vector<Segment> segments;  // those with a query and a key
+  int64_t words;                  // a packed row's
+  Buffer<uint32_t> query;
+  Buffer<int32_t> limit;
+  Buffer<float> lse;       // base 2; +inf where a row takes no part
+  Buffer<float> max, sum;  // one entry a chunk of keys and row
+};
+
+}  // namespace qts::relevance
