@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> tuple[Answer, Video]:
     if arguments.method == "none" and arguments.save_overlay:
         raise AskError("--save-overlay draws what was kept: choose a --method other than none")
+    if arguments.save_overlay:
+        import matplotlib  # noqa: F401  (if it is missing, say so before the work and not after)
     video = read_video(
         arguments.video,
         fps=arguments.fps,

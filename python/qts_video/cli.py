@@ -4,6 +4,8 @@ import argparse
 import os
 import sys
 
+from qts_kernels import __version__
+
 METHODS = ("qtsplus", "uniform", "random", "none")
 
 ASK_EXAMPLES = """\
@@ -23,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Query-aware vision-token selection for video language models: answers from a tenth of the tokens.",
         epilog="Start with: qts demo",
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=f"qts {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -158,14 +160,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
             return demo.run(arguments)
         from . import ask
-    except ModuleNotFoundError as error:
-        return _fail(f"{error.name} is not installed: pip install 'qts_kernels[video]'")
+
+        try:
+            return ask.run(arguments)
+        except ask.AskError as error:
+            return _fail(str(error))
     except VideoError as error:
         return _fail(str(error))
-    try:
-        return ask.run(arguments)
-    except (VideoError, ask.AskError) as error:
-        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("qts_"):
+            raise
+        return _fail(f"{error.name} is not installed: pip install 'qts_kernels[video]'")
 
 
 def _fail(message: str) -> int:
@@ -201,15 +206,6 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return value
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return f"qts {version('qts_kernels')}"
-    except PackageNotFoundError:
-        return "qts (not installed)"
 
 
 if __name__ == "__main__":

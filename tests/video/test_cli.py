@@ -187,6 +187,24 @@ def test_demo(tmp_path, capsys):
     assert int(rows["uniform"][2].replace(",", "")) == -(-total // 10)
 
 
+def test_missing_packages_are_named():
+    arguments = ["ask", "a.mp4", "What?", "--model", "m"]
+    code = (
+        f"import sys; sys.modules['transformers'] = None; from qts_video.cli import main; sys.exit(main({arguments}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr == "qts: transformers is not installed: pip install 'qts_kernels[video]'\n"
+
+
+def test_a_missing_matplotlib_is_told_before_the_work(ask, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, _, err = ask("--method", "uniform", "--save-overlay", "a.png", video="never-read.mp4")
+    assert status == 2
+    assert err == "qts: matplotlib is not installed: pip install 'qts_kernels[video]'\n"
+
+
 def test_help_names_every_option_and_needs_no_models():
     code = (
         "import sys, qts_video.cli as c\n"
