@@ -34,7 +34,7 @@ def read_file(path: str, fps: float, min_frames: int, max_frames: int, limits: L
         samples = sample(index.times, fps, min_frames, max_frames)
         with _open(path) as container:
             stream = _video_stream(container, path)
-            picture = _Picture(limits, len(samples.indices), stream.sample_aspect_ratio)
+            picture = _Picture(limits, len(samples.indices), stream)
             promised = float((stream.duration or 0) * stream.time_base)
             if promised > 1.05 * index.duration + 0.5:
                 picture.notes.append(f"damaged: {index.duration:.1f} s of {promised:.1f} s are in the file")
@@ -191,10 +191,11 @@ def _frames(
 class _Picture:
     """Turns decoded frames into upright 8-bit RGB of one size."""
 
-    def __init__(self, limits: Limits, num_frames: int, aspect: object) -> None:
+    def __init__(self, limits: Limits, num_frames: int, stream: av.VideoStream) -> None:
         self.limits = limits
         self.num_frames = num_frames
-        self.aspect = float(aspect) if aspect else 1.0
+        self.codec = stream.codec_context
+        self.aspect = float(stream.sample_aspect_ratio or 1.0)
         """Width over height of a pixel."""
         self.notes: list[str] = []
         self.size: tuple[int, int] | None = None
@@ -224,7 +225,7 @@ class _Picture:
 
     def _describe(self, frame: av.VideoFrame, matrix: tuple[int, ...] | None) -> None:
         bits = max(c.bits for c in frame.format.components)
-        transfer = _HDR_TRANSFERS.get(int(frame.color_trc))
+        transfer = _HDR_TRANSFERS.get(int(self.codec.color_trc))
         if transfer:
             self.notes.append(f"{frame.format.name}, HDR ({transfer}): rounded to 8 bits, no tone mapping")
         elif bits > 8:

@@ -1,5 +1,6 @@
 """Small video files whose frames are told apart: frame i is a flat colour that encodes i."""
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,8 +22,6 @@ def write_clip(
     size: tuple[int, int] = (64, 48),
     codec: str = "libx264",
     pix_fmt: str = "yuv420p",
-    rotation: int | None = None,
-    mirror: bool = False,
     aspect: Fraction = Fraction(1),
     quarters: bool = False,
     to: object = None,
@@ -45,8 +44,6 @@ def write_clip(
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
         stream.codec_context.sample_aspect_ratio = aspect
-        if rotation is not None:
-            stream.set_display_rotation(rotation, hflip=mirror)
         for number, at in enumerate(times):
             image = np.full((height, width, 3), level(number), np.uint8)
             if quarters:
@@ -59,6 +56,16 @@ def write_clip(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def set_display_matrix(path: Path, a: int, b: int, c: int, d: int) -> None:
+    """Write the matrix into the header of an mp4's first track (ISO/IEC 14496-12, 8.3.2)."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 4 + 40
+    # 16.16 fixed point, the last column 2.30
+    fixed = [a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30]
+    struct.pack_into(">9i", data, start, *fixed)
+    path.write_bytes(data)
 
 
 def write_sound(path: Path) -> Path:

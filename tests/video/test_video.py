@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from qts_video.video import Limits, VideoError, read_video, sample
-from video.clips import Pipe, level, write_clip, write_sound
+from video.clips import Pipe, level, set_display_matrix, write_clip, write_sound
 
 av = pytest.importorskip("av")
 
@@ -90,21 +90,26 @@ def test_raw_stream_has_no_time_stamps(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rotation", "mirror", "expected"),
+    ("matrix", "expected"),
     [
-        (0, False, "rgbw"),
-        (90, False, "gwrb"),
-        (180, False, "wbgr"),
-        (-90, False, "brwg"),
-        (0, True, "grwb"),
-        (90, True, "wgbr"),
+        ((1, 0, 0, 1), "rgbw"),
+        ((0, 1, -1, 0), "brwg"),  # a phone held upright: a quarter turn clockwise
+        ((-1, 0, 0, -1), "wbgr"),
+        ((0, -1, 1, 0), "gwrb"),
+        ((-1, 0, 0, 1), "grwb"),  # mirrored
+        ((1, 0, 0, -1), "bwrg"),
+        ((0, 1, 1, 0), "rbgw"),
+        ((0, -1, -1, 0), "wgbr"),
     ],
 )
-def test_display_matrix(tmp_path, rotation, mirror, expected):
-    """Counter-clockwise turns, the mirror after them; corners in reading order."""
-    path = write_clip(tmp_path / "a.mp4", frames=4, rotation=rotation, mirror=mirror, quarters=True, size=(64, 32))
+def test_display_matrix(tmp_path, matrix, expected):
+    """(a, b, c, d) of x' = a x + c y, y' = b x + d y; the corners of the upright picture in reading order."""
+    path = write_clip(tmp_path / "a.mp4", frames=4, quarters=True, size=(64, 32))
+    set_display_matrix(path, *matrix)
     video = read_video(path)
-    width, height = (32, 64) if rotation in (90, -90) else (64, 32)
+    assert any("upright" in note for note in video.notes) == (expected != "rgbw")
+    rotation = 90 if matrix[0] == 0 else 0
+    width, height = (32, 64) if rotation else (64, 32)
     assert video.frames.shape == (4, 3, height, width)
     names = {(1, 0, 0): "r", (0, 1, 0): "g", (0, 0, 1): "b", (1, 1, 1): "w"}
     corners = [video.frames[0, :, y, x] for y in (height // 4, 3 * height // 4) for x in (width // 4, 3 * width // 4)]
