@@ -4,21 +4,91 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from qts_video import released
+from qts_video.methods.qtsplus import QTSplus
+from qts_video.weights import Checkpoint
+
+ORDINARY = "qwen2_5_vl"
+KNOWN = f"{ORDINARY} (Qwen2.5-VL) and {released.MODEL_TYPE} (a whole QTSplus checkpoint)"
 
 
 def load_model(
-    path_or_id: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> tuple[Any, Any, Any]:
-    """(model in eval mode, processor, selector or None) of a Qwen2.5-VL checkpoint.
+    path_or_id: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
+) -> tuple[Any, Any, QTSplus | None]:
+    """A Qwen2.5-VL and its processor; with the selector, where the checkpoint is a whole QTSplus one.
+
+    A QTSplus checkpoint becomes the Hugging Face class itself: its language model and vision tower are mapped into
+    ``Qwen2_5_VLForConditionalGeneration``, its selector into ours. None of the code that lies with it is run. It was
+    trained with consecutive positions: ``attach(..., positions="compact")`` gives those.
+
+    Args:
+        path_or_id: a folder, or a model on the hub.
+        dtype: None keeps that of the checkpoint.
+        device: None leaves the model on the CPU.
+        attn_implementation: as in ``from_pretrained``.
+
+    Returns:
+        The model (eval mode), the processor, and a selector of the model's dtype and device, or None.
 
     Raises:
-        OSError: no such folder, or no such model on the hub.
-        ValueError: a model of another kind.
+        OSError: no such folder or model on the hub, or a file of it is missing.
+        ValueError: a model of another kind. RuntimeError: tensors that are not those of the model described.
     """
-    name = str(path_or_id)
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"a {config.model_type} model; expected qwen2_5_vl")
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype)
-    return model.to(device).eval(), AutoProcessor.from_pretrained(name), None
+    checkpoint = Checkpoint(path_or_id)
+    kind = checkpoint.config.get("model_type")
+    if kind == ORDINARY:
+        model, processor = _load_ordinary(checkpoint.name, dtype, attn_implementation)
+        selector = None
+    elif released.is_released(checkpoint.config):
+        model, processor = _load_released(checkpoint, dtype, attn_implementation)
+        selector = QTSplus(released.load_selector(checkpoint)).to(model.dtype)
+    else:
+        raise ValueError(f"{checkpoint.name} is a model of type {kind!r}; known types: {KNOWN}")
+    if device is not None:
+        model = model.to(device)
+        selector = None if selector is None else selector.to(device)
+    return model.eval(), processor, selector
+
+
+def _load_ordinary(name: str, dtype: torch.dtype | None, attn_implementation: str | None) -> tuple[Any, Any]:
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    name = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype or "auto", **options)
+    return model, AutoProcessor.from_pretrained(name)
+
+
+def _load_released(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, attn_implementation: str | None
+) -> tuple[Any, Any]:
+    from accelerate import init_empty_weights
+    from transformers import (
+        GenerationConfig,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+    )
+
+    # By its class: the processor class that such a checkpoint names is code of its own.
+    processor = Qwen2_5_VLProcessor.from_pretrained(checkpoint.folder)
+    state = released.map_state(checkpoint.tensors())
+    options = released.model_config(checkpoint, processor.tokenizer, state)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    config = Qwen2_5_VLConfig(**options)
+    with init_empty_weights(include_buffers=False):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    model = model.to(dtype or state["model.language_model.embed_tokens.weight"].dtype)
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return model, processor
