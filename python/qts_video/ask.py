@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from . import methods
 from .answer import Answer, answer, prepare
 from .checkpoints import load_model
 from .demo import mebibytes
@@ -56,7 +57,10 @@ def _run(arguments: argparse.Namespace) -> tuple[Answer, Video]:
     )
     for note in video.notes:
         print(f"{video.source}: {note}", file=sys.stderr)
-    model, processor, selector = load(arguments)
+    model, processor, trained = load(arguments)
+    selector = choose(arguments, model, trained)
+    if arguments.positions is None:
+        arguments.positions = "compact" if selector is not None and selector is trained else "original"
     inputs = prepare(processor, video, arguments.question)
     result = answer(
         model,
@@ -81,7 +85,7 @@ def _run(arguments: argparse.Namespace) -> tuple[Answer, Video]:
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """(model, processor, selector or None), as the command line asks for them."""
+    """(model, processor, the selector that came with them or None), as the command line asks for them."""
     name = arguments.model
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise AskError(f"model {name}: no such folder")
@@ -94,12 +98,11 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
         model, processor, trained = load_model(name, dtype=_dtype(arguments.dtype, device), device=device)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise AskError(f"model {name}: {_first_line(error)}") from error
-    return model, processor, _selector(arguments, model, trained)
+    return model, processor, trained
 
 
-def _selector(arguments: argparse.Namespace, model: Any, trained: Any) -> Any:
-    from . import methods
-
+def choose(arguments: argparse.Namespace, model: Any, trained: Any) -> Any:
+    """The selector that ``--method`` names, with its budget; None for "none"."""
     budget = {"retention_ratio": arguments.retention_ratio, "max_tokens": arguments.max_tokens}
     if arguments.method == "none":
         return None
@@ -107,7 +110,22 @@ def _selector(arguments: argparse.Namespace, model: Any, trained: Any) -> Any:
         return methods.Uniform(**budget)
     if arguments.method == "random":
         return methods.Random(**budget)
-    raise AskError("method qtsplus: not there yet")
+    if arguments.selector == "language-model":
+        print("the selector is made from the model's own layers, untrained", file=sys.stderr)
+        return methods.QTSplus.from_language_model(model, **budget)
+    if arguments.selector is not None:
+        try:
+            selector = methods.QTSplus.from_pretrained(arguments.selector, **budget)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise AskError(f"selector {arguments.selector}: {_first_line(error)}") from error
+        return selector.to(device=model.device, dtype=model.dtype)
+    if trained is None:
+        raise AskError(
+            f"method qtsplus: {arguments.model} holds no selector; give one with --selector PATH, try an untrained "
+            "one with --selector language-model, or use --method uniform"
+        )
+    trained.retention_ratio, trained.max_tokens = budget["retention_ratio"], budget["max_tokens"]
+    return trained
 
 
 def as_json(arguments: argparse.Namespace, result: Answer, video: Video) -> dict[str, Any]:

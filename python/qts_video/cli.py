@@ -82,8 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     selection.add_argument(
         "--positions",
         choices=("original", "compact"),
-        default="original",
-        help="kept tokens keep their places in time and space, or close ranks (default: %(default)s)",
+        help="kept tokens keep their places in time and space, or close ranks (default: compact with the selector of "
+        "a whole QTSplus checkpoint, which was trained so; else original)",
     )
 
     reading = ask.add_argument_group("reading the video")

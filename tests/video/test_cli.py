@@ -68,6 +68,49 @@ def test_json(ask, options, kept):
         assert seconds == pytest.approx(frame * 1.0)
 
 
+@pytest.fixture(scope="module")
+def selector(checkpoint, tmp_path_factory):
+    from qts_video.checkpoints import load_model
+    from qts_video.methods import QTSplus
+
+    folder = tmp_path_factory.mktemp("selector")
+    QTSplus.from_language_model(load_model(checkpoint)[0], seed=3).save_pretrained(folder)
+    return str(folder)
+
+
+def test_qtsplus_from_the_language_model(ask):
+    status, out, err = ask("--json", "--selector", "language-model", "--retention-ratio", "0.25")
+    said = json.loads(out)
+    assert (status, said["method"], said["kept"]) == (0, "qtsplus", 9)
+    assert len(said["kept_tokens"]["score"]) == 9
+    assert said["timings"]["selection"] > 0
+    assert "untrained" in err
+
+
+def test_qtsplus_with_its_own_budget(ask, selector):
+    said = json.loads(ask("--json", "--selector", selector)[1])
+    assert 0.05 * 36 <= said["kept"] <= 0.5 * 36 + 1
+    assert said["positions"] == "original"
+
+
+def test_selector_of_a_whole_checkpoint_reads_compact_positions(ask, selector, monkeypatch):
+    from qts_video import ask as module
+    from qts_video.methods import QTSplus
+
+    load_model = module.load_model
+
+    def with_selector(*arguments, **options):
+        model, processor, _ = load_model(*arguments, **options)
+        return model, processor, QTSplus.from_pretrained(selector)
+
+    monkeypatch.setattr(module, "load_model", with_selector)
+    said = json.loads(ask("--json", "--max-tokens", "6")[1])
+    assert (said["positions"], said["kept"]) == ("compact", 6)
+    assert json.loads(ask("--json", "--positions", "original")[1])["positions"] == "original"
+    assert json.loads(ask("--json", "--method", "none")[1])["positions"] == "original"
+    assert json.loads(ask("--json", "--selector", selector)[1])["positions"] == "original"
+
+
 def test_json_without_selection(ask):
     said = json.loads(ask("--json", "--method", "none")[1])
     assert said["kept"] == said["tokens"] == 36
@@ -134,6 +177,15 @@ class TestNo:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         self.refuses(ask("--method", "none", model="nobody/no-such-model"), "nobody/no-such-model")
 
+    def test_no_selector(self, ask):
+        self.refuses(ask("--method", "qtsplus"), "holds no selector", "--selector")
+
+    def test_missing_selector(self, ask, tmp_path):
+        self.refuses(ask("--selector", str(tmp_path / "none")), "selector", "none")
+
+    def test_model_that_is_no_selector(self, ask, checkpoint):
+        self.refuses(ask("--selector", checkpoint), "selector", checkpoint)
+
     def test_device(self, ask):
         self.refuses(ask("--method", "none", "--device", "nonsense"), "nonsense")
 
@@ -184,7 +236,8 @@ def test_demo(tmp_path, capsys):
     assert rows["none"][1] == rows["none"][2] == rows["uniform"][1]
     total = int(rows["none"][1].replace(",", ""))
     assert total > 2000
-    assert int(rows["uniform"][2].replace(",", "")) == -(-total // 10)
+    for name in ("uniform", "qtsplus"):
+        assert int(rows[name][2].replace(",", "")) == -(-total // 10)
 
 
 def test_missing_packages_are_named():
