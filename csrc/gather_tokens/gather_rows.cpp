@@ -43,9 +43,10 @@ std::vector<Tensor> gather_rows(std::vector<Tensor> tensors, Tensor indices) {
     const auto item = static_cast<int64_t>(x.element_size());
     const int64_t row_bytes = qts::row_numel(x) * item;
     if (row_bytes == 0 || count == 0) continue;
-    copies.push_back({static_cast<const char*>(x.const_data_ptr()), static_cast<char*>(outputs.back().mutable_data_ptr()),
-                      row_bytes, x.stride(0) * item, x.size(0)});
-    qts::advise_huge_pages(copies.back().target, row_bytes * count);
+    const auto* source = static_cast<const char*>(x.const_data_ptr());
+    auto* target = static_cast<char*>(outputs.back().mutable_data_ptr());
+    copies.push_back({source, target, row_bytes, x.stride(0) * item, x.size(0)});
+    qts::advise_huge_pages(target, row_bytes * count);
     bytes += row_bytes;
   }
   if (copies.empty()) return outputs;

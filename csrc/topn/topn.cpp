@@ -164,10 +164,9 @@ std::tuple<Tensor, Tensor> topn(Tensor scores, Tensor cu_seqlens, Tensor n, int6
   const int64_t shares = std::clamp<int64_t>(total / kRowsAPart, 1, segments);
   torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     const auto first_at = [&](int64_t share) {
-      const int64_t row = total * share / shares;
-      return share == shares ? plan.end() : std::lower_bound(plan.begin(), plan.end(), row, [](const Segment& s, int64_t r) {
-        return s.start < r;
-      });
+      if (share == shares) return plan.end();
+      const auto before = [](const Segment& s, int64_t row) { return s.start < row; };
+      return std::lower_bound(plan.begin(), plan.end(), total * share / shares, before);
     };
     std::vector<Part> scratch;
     for (auto s = first_at(begin), last = first_at(end); s != last; ++s)
