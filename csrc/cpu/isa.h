@@ -1,9 +1,9 @@
 // Which instruction set the CPU kernels run with, chosen once at run time.
 //
 // An op's kernels live in one `kernels.inl`, compiled several times: `<op>_portable.cpp`, `<op>_avx2.cpp` and
-// `<op>_avx512.cpp` each include cpu/target_<isa>.h, then kernels.inl, then cpu/target_end.h. The target header sets the
-// instruction set for what follows it and defines QTS_ISA, the namespace (qts::portable, qts::avx2, ...) that keeps the
-// copies apart. QTS_DISPATCH calls the copy that the machine can run.
+// `<op>_avx512.cpp` each include cpu/target_<isa>.h, then kernels.inl, then cpu/target_end.h. The target header sets
+// the instruction set for what follows it and defines QTS_ISA, the namespace (qts::portable, qts::avx2, ...) that keeps
+// the copies apart. QTS_DISPATCH calls the copy that the machine can run.
 //
 // The one rule: a kernel uses no inline function or template from outside its own namespace (no std::, no torch::;
 // intrinsics and memcpy are fine). The linker keeps one copy of such a function, and if that is the AVX-512 one, then

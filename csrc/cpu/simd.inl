@@ -68,7 +68,7 @@ QTS_INLINE Vec exp2_poly(Vec f) {
   return fma(p, f, broadcast(1.0f));
 }
 
-// 2^x within 2.2 ulp (measured); 2^inf, 2^-inf and NaN as they should be; 0 in place of a subnormal result without AVX-512.
+// 2^x within 2.2 ulp (measured); 2^inf, 2^-inf and NaN as they should be; without AVX-512 0 in place of a subnormal.
 QTS_INLINE Vec exp2(Vec x) {
 #if defined(QTS_AVX512)
   // vreduceps gives x minus the nearest integer, and 0 for an infinity; vscalefps multiplies by a power of two.

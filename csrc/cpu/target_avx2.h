@@ -1,4 +1,5 @@
-// What follows in this file is compiled for avx2 whatever the compiler's flags. Include it within #if QTS_X86. See isa.h.
+// What follows in this file is compiled for avx2 whatever the compiler's flags.
+// Include it within #if QTS_X86. See isa.h.
 #include "cpu/simd_includes.h"
 
 #define QTS_ISA avx2

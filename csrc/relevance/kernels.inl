@@ -94,8 +94,8 @@ QTS_INLINE void for_each_tile(const Head& head, int64_t begin, int64_t end, uint
   }
 }
 
-// The softmax statistics of one row over one tile. The running maximum is the row's, not the lane's: it seldom rises, so
-// that a tile costs TILE_VECS exponentials and a branch, not one more exponential to rescale the sum.
+// The softmax statistics of one row over one tile. The running maximum is the row's, not the lane's: it seldom rises,
+// so that a tile costs TILE_VECS exponentials and a branch, not one more exponential to rescale the sum.
 QTS_INLINE void add_to_row(const float* score, float& max, float* sums) {
   Vec s[TILE_VECS];
   for (int j = 0; j < TILE_VECS; ++j) s[j] = load(score + j * LANES);

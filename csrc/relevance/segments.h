@@ -34,10 +34,15 @@ struct Segment {
   int64_t nan_row = -1;  // h * length + l of the first
 };
 
+// The lengths of Workspace's buffers.
+struct Sizes {
+  int64_t limits = 0, rows = 0, partials = 0;
+};
+
 // Everything that is kept between the passes: O(H (L + Dh L + 64 L)) numbers, whatever M.
 class Workspace {
  public:
-  Workspace(const Input& input, const Kernels& kernels, std::vector<Segment> all);
+  Workspace(const Input& input, const Kernels& kernels, const std::vector<Segment>& all);
 
   Head head(const Segment& segment, int64_t kv_head) const;
 
@@ -55,6 +60,7 @@ class Workspace {
 
   const Input& in;
   const Kernels& run;
+  Sizes size;
   std::vector<Segment> segments;  // those with a query and a key
   int64_t words;                  // a packed row's
   Buffer<uint32_t> query;
