@@ -108,6 +108,7 @@ def _ops(missing: list[str]) -> list[tuple[str, ...]]:
         from qts_kernels import backends
 
         rows = [(row.op, row.device, row.implementation, row.reason) for row in backends.report()]
+        rows += _attention()
     except Exception as error:  # noqa: BLE001
         missing.append("a working qts_kernels: pip install --force-reinstall qts_kernels")
         return [("none", _line(error))]
@@ -118,6 +119,17 @@ def _ops(missing: list[str]) -> list[tuple[str, ...]]:
             "install a wheel, or build where there is a C++ compiler"
         )
     return [("op", "device", "implementation", "why"), *rows]
+
+
+def _attention() -> list[tuple[str, ...]]:
+    """What serves the re-encoder's attention, which is not an op of ours."""
+    import torch
+
+    from qts_kernels.ops.reencode.attention import attention_backend
+
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    chosen = [(device, attention_backend(device, torch.bfloat16)) for device in devices]
+    return [("attention of the re-encoder", device, backend.name, backend.reason) for device, backend in chosen]
 
 
 def _models() -> list[tuple[str, ...]]:
