@@ -87,7 +87,7 @@ def sweep():
 
 
 def run_with(isa):
-    environment = {**os.environ, "QTS_CPU_ISA": isa}
+    environment = {**os.environ, "QTS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
 
 
