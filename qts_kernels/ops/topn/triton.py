@@ -57,7 +57,7 @@ def _histogram(
     segment = segment_of_block(cu_seqlens, segments, block, BLOCK)
     start, length = segment_bounds(cu_seqlens, segment, total)
     first = (block - start // BLOCK - segment) * BLOCK
-    if first == 0 or first < length:
+    if (first >= 0) & (first < length):
         position = first + tl.arange(0, BLOCK)
         inside = position < length
         key = _ordered_key(scores, start + position, inside)
@@ -92,7 +92,7 @@ def _count(
     segment = segment_of_block(cu_seqlens, segments, block, BLOCK)
     start, length = segment_bounds(cu_seqlens, segment, total)
     first = (block - start // BLOCK - segment) * BLOCK
-    if first == 0 or first < length:
+    if (first >= 0) & (first < length):
         position = first + tl.arange(0, BLOCK)
         inside = position < length
         key = _ordered_key(scores, start + position, inside)
@@ -131,7 +131,7 @@ def _compact(
         if segment == 0:
             tl.store(cu_seqlens_out, 0)
         tl.store(cu_seqlens_out + segment + 1, before + _kept(n, cu_seqlens, segment, total, max_n))
-    if first < length:
+    if (first >= 0) & (first < length):
         position = first + tl.arange(0, BLOCK)
         inside = position < length
         key = _ordered_key(scores, start + position, inside)

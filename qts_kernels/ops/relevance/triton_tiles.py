@@ -1,0 +1,161 @@
+"""What the kernels of relevance share: tile sizes, and tiles of logits.
+
+The G query heads of one key head are packed with the query tokens into rows: row r of a segment is token r // G, head
+r % G of its group. A tile of logits is then one matrix product of at least 16 rows even where there is one token.
+Rows and keys behind the end of a segment repeat its last one: loads need no mask, and what they give is not stored.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qts_kernels.ops import _triton_common as common
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes of a kernel: packed query rows, keys, and the part of the head size that one product takes.
+
+    Chosen by registers and shared memory, not yet by time. In 16 bits a tile of 128 stays and tiles of 64 stream past:
+    half the traffic of 64 by 64, and on Hopper two programs of 8 warps share a multiprocessor (about 120 registers a
+    thread and 64 KiB each), so that one's exponentials overlap the other's products.
+    """
+
+    rows: int
+    keys: int
+    depth: int
+    warps: int
+    stages: int
+
+    def constants(self) -> dict[str, int]:
+        """As the kernels' constants and launch options."""
+        return {
+            "BLOCK_ROWS": self.rows,
+            "BLOCK_KEYS": self.keys,
+            "DEPTH": self.depth,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+def row_tiles(query: Tensor, rows: int) -> Tiles:
+    """For kernels that keep a tile of rows and stream keys past it."""
+    depth = _power_of_2(query.shape[2], 128)
+    if query.dtype == torch.float32:
+        # Products in full fp32 run on the FMA units and hold their operands in registers.
+        return Tiles(_power_of_2(rows, 64), 64, min(depth, 32), 4, 2)
+    block = _power_of_2(rows, 64 if common.is_amd() else 128)
+    return Tiles(block, 64, depth, 8 if block == 128 else 4, 2)
+
+
+def key_tiles(query: Tensor, rows: int) -> Tiles:
+    """For kernels that keep a tile of keys and stream rows past it."""
+    depth, block = _power_of_2(query.shape[2], 128), _power_of_2(rows, 64)
+    if query.dtype == torch.float32:
+        return Tiles(block, 64, min(depth, 32), 4, 2)
+    if common.is_amd():
+        return Tiles(block, 64, depth, 4, 2)
+    return Tiles(block, 128, depth, 8 if block == 64 else 4, 2)
+
+
+def gradient_tiles(query: Tensor, rows: int) -> Tiles:
+    """For the backward kernels, which hold a tile of gradients beside the tile of logits."""
+    depth, block = _power_of_2(query.shape[2], 128), _power_of_2(rows, 64)
+    if query.dtype == torch.float32:
+        return Tiles(min(block, 32), 32, min(depth, 32), 4, 2)
+    return Tiles(block, 64, depth, 8 if block == 64 else 4, 2)
+
+
+def _power_of_2(size: int, most: int) -> int:
+    return max(16, min(triton.next_power_of_2(size), most))
+
+
+@triton.jit
+def row_heads(tile, rows, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Token and head within the group of each row of a tile; rows behind the last one repeat it."""
+    row = tl.minimum(tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), rows - 1)
+    return row // GROUP, row % GROUP
+
+
+@triton.jit
+def load_tile(base, offsets, part, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr):
+    """[len(offsets), DEPTH] of the rows at ``offsets``; zeros behind the head size."""
+    depth = part * DEPTH + tl.arange(0, DEPTH)
+    pointers = base + offsets[:, None] + depth[None, :]
+    if HEAD_DIM % DEPTH == 0:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(depth < HEAD_DIM)[None, :], other=0)
+
+
+@triton.jit
+def stationary_tile(base, offsets, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr):
+    """The tile that stays while another one streams past it: all of the head size, where that fits one tile."""
+    if HEAD_DIM <= DEPTH:
+        return load_tile(base, offsets, 0, HEAD_DIM, DEPTH)
+    else:
+        return tl.zeros([16, 16], base.dtype.element_ty)  # not read: product() loads both tiles part by part
+
+
+@triton.jit
+def product(
+    stationary, base, offsets, other_base, other_offsets,
+    HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """fp32 [rows at offsets, rows at other_offsets]: their inner products over the head size."""
+    if HEAD_DIM <= DEPTH:
+        other = load_tile(other_base, other_offsets, 0, HEAD_DIM, DEPTH)
+        return tl.dot(stationary, tl.trans(other), input_precision=PRECISION)
+    else:
+        sums = tl.zeros([offsets.shape[0], other_offsets.shape[0]], tl.float32)
+        for part in range(0, (HEAD_DIM + DEPTH - 1) // DEPTH):
+            tile = load_tile(base, offsets, part, HEAD_DIM, DEPTH)
+            other = load_tile(other_base, other_offsets, part, HEAD_DIM, DEPTH)
+            sums = tl.dot(tile, tl.trans(other), sums, input_precision=PRECISION)
+        return sums
+
+
+def precision(x: Tensor) -> str:
+    """fp32 stays fp32; tensor-core products of 16-bit inputs are exact before they are added up in fp32."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` with its last axis contiguous; the other strides are free."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How the keys are shared out over programs that each keep their own partial result.
+
+    ``chunk`` keys a program, ``blocks`` chunks in all, at most ``most`` of them in one segment; ``slots`` programs
+    share the row tiles of a chunk and key head.
+    """
+
+    chunk: int
+    blocks: int
+    most: int
+    slots: int
+
+
+def split_keys(
+    query: Tensor, key: Tensor, segments: int, block: Tiles, *, bytes_a_row: int, waves: int = 2, budget: int = 64 << 20
+) -> Splits:
+    """Enough chunks to give every multiprocessor ``waves`` programs, while the partial results fit ``budget`` bytes.
+
+    From host-known totals alone; segments of unequal length get chunks in proportion.
+    """
+    rows, heads, _ = query.shape
+    keys, kv_heads = key.shape[:2]
+    slots = max(1, triton.cdiv(triton.cdiv(rows, segments) * (heads // kv_heads), block.rows))
+    wanted = triton.cdiv(waves * common.multiprocessors(query), slots * kv_heads)
+    affordable = max(1, budget // max(1, heads * rows * bytes_a_row))
+    chunk = triton.cdiv(max(1, triton.cdiv(keys, min(wanted, affordable))), block.keys) * block.keys
+    return Splits(chunk, common.blocks_of(keys, segments, chunk), keys // chunk + 1, slots)
