@@ -11,8 +11,8 @@ from qts_video.adapters import Adapter
 from qts_video.checks import check_selection
 from qts_video.decode import check_continuation, translate_decoder_inputs
 from qts_video.dropped import forget_if_reset, recall, remember
-from qts_video.generation import Generation, check_generate, read_generation
-from qts_video.layout import locate_videos, repeat_samples, to_host
+from qts_video.generation import Generation, arguments_by_name, check_generate, read_generation
+from qts_video.layout import locate_videos, to_host
 from qts_video.methods.base import Selector
 from qts_video.prefill import Call, Prefill, add_question, pack_videos, shorten_decoder_inputs
 from qts_video.question import find_question
@@ -203,14 +203,9 @@ class Attachment:
                 raise ValueError(f"attention_mask must be {[len(prompt), seen + fed]}, got {list(mask.shape)}")
             valid = host["attention_mask"][:, seen:] != 0
 
-        grids, seconds = self.adapter.grids(self.model, host), self.adapter.seconds_per_step(source)
-        if self._generation is not None and self._generation.input_ids is not None:
-            times = len(prompt) // len(self._generation.input_ids)
-            before = locate_videos(prompt[::times], valid[::times], token, grids)
-            order = repeat_samples([before.sample.count(row) for row in range(before.batch)], times)
-            grids = [grids[video] for video in order]
-            seconds = None if seconds is None else seconds[order]
-        return Call(module, ids, locate_videos(prompt, valid, token, grids), seconds, past_length)
+        copies = 1 if self._generation is None else self._generation.copies(len(prompt))
+        layout = locate_videos(prompt[::copies], valid[::copies], token, self.adapter.grids(self.model, host))
+        return Call(module, ids[::copies], layout, copies, self.adapter.seconds_per_step(source), past_length)
 
     def _check_cache(self, inputs: dict[str, Any], fed: int) -> int:
         """Slots of the cache that are filled; 0 where nobody needs to know. Raises where the inputs do not
@@ -248,13 +243,19 @@ class Attachment:
         """Run the selector, once, and take what it dropped out of the decoder's ``inputs``."""
         if call.selected:
             raise RuntimeError("the decoder ran twice in one forward call: its prefill can't be shortened")
-        embeds, layout = inputs["inputs_embeds"], call.layout
+        layout, copies = call.layout, call.copies
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        embeds = inputs["inputs_embeds"][::copies]
         self._stopwatch.start("selection", embeds.device)
         videos = pack_videos(call, embeds, self.adapter.default_seconds_per_step)
         if self.selector.needs_question:
             add_question(videos, self._questions(call), self.model.get_input_embeddings())
         videos.context = Prefill(
-            self.model, call.input_ids, embeds, inputs.get("position_ids"), inputs.get("attention_mask")
+            self.model,
+            call.input_ids,
+            embeds,
+            None if positions is None else positions[..., ::copies, :],
+            None if mask is None else mask[::copies],
         )
         self._selecting = True
         try:
@@ -268,8 +269,9 @@ class Attachment:
         past = recall(inputs.get("past_key_values"))
         whole = counts == layout.lengths and tokens is None and past is None and not self.compact
         if not whole:
-            inputs, call.dropped = shorten_decoder_inputs(inputs, call, columns, tokens, past, self.compact)
-            call.columns = columns
+            call.columns = columns.repeat(copies)
+            tokens = None if tokens is None else tokens.repeat(copies, 1)
+            inputs, call.dropped = shorten_decoder_inputs(inputs, call, call.columns, tokens, past, self.compact)
         call.selected = True
         self.prefills += 1
         self._stopwatch.stop("selection", embeds.device)
@@ -292,12 +294,9 @@ class Attachment:
         """The question of each video: token ids [L] on the CPU."""
         given, layout = self.given_question, call.layout
         if given is not None:
-            if len(given) not in (1, layout.batch) and (
-                self._generation is None or len(given) != len(self._generation.input_ids)
-            ):
+            if len(given) not in (1, layout.batch):
                 raise ValueError(f"{len(given)} questions were given for a batch of {layout.batch}")
-            times = layout.batch // len(given)
-            return [given[sample // times] for sample in layout.sample]
+            return [given[sample if len(given) > 1 else 0] for sample in layout.sample]
         if self.markers is None:
             raise ValueError(
                 f"{self.selector.name} needs the question, and the model's vocabulary is not the official one: give "
@@ -335,7 +334,7 @@ class Attachment:
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         if self._selecting:
             return self._unhooked_generate(*args, **kwargs)
-        generation = read_generation(self._unhooked_generate, args, kwargs, self.adapter.video_token_id(self.model))
+        generation = read_generation(self.model, args, kwargs, self.adapter.video_token_id(self.model))
         check_generate(generation, self.model.generation_config)
         cache = generation.arguments.get("past_key_values")
         fresh = cache is None or int(cache.get_seq_length()) == 0
@@ -384,10 +383,7 @@ def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of ``module``'s forward as keywords."""
     if not args:
         return dict(kwargs)
-    signature = inspect.signature(type(module).forward)
-    arguments = signature.bind_partial(module, *args, **kwargs).arguments
-    del arguments[next(iter(signature.parameters))]  # self
-    return {**arguments, **arguments.pop("kwargs", {})}
+    return arguments_by_name(type(module).forward, module, args, kwargs)
 
 
 def _is_2d(mask: Any) -> bool:

@@ -21,6 +21,11 @@ def check_continuation(
     What it catches is a second turn whose whole prompt was given again: transformers takes the cache's length
     for the number of tokens seen, so it feeds as many old tokens again as were dropped.
     """
+    if past_length < dropped.kept:
+        raise ValueError(
+            f"the cache was cropped to {past_length} tokens, into the {dropped.kept} of a shortened prefill; "
+            "start a new one"
+        )
     seen = past_length + dropped.removed
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         continues = attention_mask.shape[1] == seen + fed

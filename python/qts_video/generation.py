@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 # Both crop or fill the cache to a length counted in tokens of the whole prompt, which a shortened cache does
 # not have.
@@ -29,13 +30,17 @@ class Generation:
     has_video: bool
     """Whether ``input_ids`` hold video placeholders."""
 
+    def copies(self, batch: int) -> int:
+        """How often every sample is repeated in a ``batch`` that the model is given."""
+        samples = batch if self.input_ids is None else len(self.input_ids)
+        if batch % samples != 0:
+            raise ValueError(f"expected each of {samples} samples equally often, got a batch of {batch}")
+        return batch // samples
 
-def read_generation(
-    generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], video_token_id: int
-) -> Generation:
-    """What ``generate(*args, **kwargs)`` was called with."""
-    bound = inspect.signature(generate).bind_partial(*args, **kwargs).arguments
-    arguments = {**bound, **bound.pop("kwargs", {})}
+
+def read_generation(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], video_token_id: int) -> Generation:
+    """What ``model.generate(*args, **kwargs)`` was called with."""
+    arguments = arguments_by_name(type(model).generate, model, args, kwargs)
     ids = arguments.get("input_ids")
     ids = arguments.get("inputs") if ids is None else ids
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
@@ -55,3 +60,16 @@ def check_generate(generation: Generation, default_config: Any) -> None:
             given = getattr(config, name, None) if given is None else given
         if given is not None:
             raise ValueError(f"{what} ({name}) is not supported while a selector is attached; leave it out")
+
+
+def arguments_by_name(
+    function: Callable[..., Any], instance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of ``instance``'s method ``function`` by name, the additional keywords among them."""
+    signature = inspect.signature(function)
+    bound = signature.bind_partial(instance, *args, **kwargs)
+    named = dict(list(bound.arguments.items())[1:])  # without self
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named

@@ -69,19 +69,6 @@ def locate_videos(
     return Layout(input_ids=input_ids, valid=valid, rows=rows, grids=grids, lengths=lengths, sample=sample)
 
 
-def repeat_samples(per_sample: list[int], times: int) -> list[int]:
-    """The videos' order after generate() repeated every sample ``times`` times: [A, A2, B] becomes [A, A2, A,
-    A2, B, B].
-
-    ``per_sample`` holds the videos of each sample; the result holds indices into the videos as they were.
-    """
-    order, start = [], 0
-    for count in per_sample:
-        order += list(range(start, start + count)) * times
-        start += count
-    return order
-
-
 def to_host(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Integer tensors on the CPU as int64, in one transfer for all that share a device."""
     host = {}

@@ -40,7 +40,12 @@ class Call:
 
     opened_by: nn.Module
     input_ids: torch.Tensor
+    """[B, L], without the copies of a sample."""
     layout: Layout
+    copies: int
+    """How often generate() repeated every sample, for beams or several sequences: row by row, before the prefill.
+    A sample is selected from once: that is cheaper, and beam search, which swaps the caches of a sample's beams,
+    relies on all of them having kept the same tokens."""
     seconds: torch.Tensor | None
     """[V] float32, seconds between the steps of each video's temporal grid; None where the call does not
     say."""
@@ -121,7 +126,7 @@ def shorten_decoder_inputs(
     if tokens is not None:
         embeds = embeds.flatten(0, 1).index_copy(0, columns.kept_rows, tokens).view_as(embeds)
     mask = _cache_mask(inputs.get("attention_mask"), call, columns, past)
-    valid = call.layout.valid.to(embeds.device)
+    valid = call.layout.valid.repeat_interleave(call.copies, 0).to(embeds.device)
     positions, next_position, shift = _positions(inputs["position_ids"], valid, columns, call, past, compact)
 
     shortened = {**inputs, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}

@@ -14,7 +14,8 @@ class VideoReport:
     """What was kept of one video, T x H x W tokens after the merger. Everything is on the CPU."""
 
     sample: int
-    """Its row in the batch (after generate() repeated samples for beams or several sequences)."""
+    """Its row in the batch (which generate() was given: copies for beams or several sequences don't
+    count)."""
     grid: tuple[int, int, int]
     """(T, H, W): time steps, rows, columns."""
     indices: torch.Tensor

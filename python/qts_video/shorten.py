@@ -20,6 +20,15 @@ class Columns:
     padded: bool
     """Whether any of the K columns is padding."""
 
+    def repeat(self, copies: int) -> "Columns":
+        """The same for a batch in which every sample is repeated ``copies`` times, row by row: ``kept_rows`` are then
+        those of every first copy, of every second one, and so on."""
+        length = self.source.shape[1]
+        sample, column = self.kept_rows // length * copies, self.kept_rows % length
+        copy = torch.arange(copies, device=sample.device).unsqueeze(1)
+        rows = ((sample + copy) * length + column).flatten()
+        return Columns(self.source.repeat_interleave(copies, 0), rows, self.padded)
+
     @property
     def mask(self) -> torch.Tensor:
         """[B, K] bool, false in padding."""

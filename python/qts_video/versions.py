@@ -1,8 +1,8 @@
 """Which transformers versions the drop-in works with."""
 
 # (first, first after the last) as (major, minor).
-SUPPORTED = (((4, 57), (4, 58)), ((5, 6), (5, 24)))
-_WHY = "5.0 to 5.5 give some videos no M-RoPE positions, or wrong ones"
+SUPPORTED = (((4, 57), (4, 58)), ((5, 6), (5, 18)), ((5, 19), (5, 24)))
+_WHY = "5.0 to 5.5 give some videos wrong positions, 5.18 mixes up the videos of a sample in beam search"
 
 
 def check_version(version: str) -> None:

@@ -95,14 +95,16 @@ def test_a_wrapped_or_bare_model_says_what_is_expected(model):
         qts_video.attach(model.model, Uniform(0.5))
 
 
-@pytest.mark.parametrize("version", ["4.56.2", "4.58.0", "5.0.0", "5.3.0", "5.5.4", "5.24.0", "6.0.0"])
+@pytest.mark.parametrize("version", ["4.56.2", "4.58.0", "5.0.0", "5.3.0", "5.5.4", "5.18.1", "5.24.0", "6.0.0"])
 def test_an_unknown_transformers_version_names_the_known_ones(model, monkeypatch, version):
     monkeypatch.setattr(transformers, "__version__", version)
-    with pytest.raises(RuntimeError, match=rf"transformers {version} .*known versions: 4\.57.*5\.6 to 5\.23"):
+    with pytest.raises(
+        RuntimeError, match=rf"transformers {version} .*known versions: 4\.57.*5\.6 to 5\.17, 5\.19 to 5\.23"
+    ):
         qts_video.attach(model, Uniform(0.5))
 
 
-@pytest.mark.parametrize("version", ["4.57.6", "5.6.0", "5.17.0", "5.18.0.dev0", "5.23.0"])
+@pytest.mark.parametrize("version", ["4.57.6", "5.6.0", "5.17.0", "5.19.0.dev0", "5.23.0"])
 def test_known_transformers_versions_pass(version):
     check_version(version)
 

@@ -4,6 +4,7 @@ import pytest
 import qts_video
 import torch
 import transformers
+from qts_video.methods import Uniform
 from tiny_qwen import (
     ANSWER,
     Image,
@@ -19,7 +20,8 @@ from tiny_qwen import (
 )
 from transformers import DynamicCache, StaticCache
 
-V5 = int(transformers.__version__.split(".")[0]) >= 5
+VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+V5 = VERSION >= (5,)
 SAMPLES = [
     prompt(user([40], Video(4), [30, 31, 32])),
     prompt(user(Image(), Video(2, 3, 2), [41], Video(3, 1, 2), [33])),
@@ -27,9 +29,9 @@ SAMPLES = [
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
-def masked_generate(model, batch, keep, compact=False, **options):
+def masked_generate(model, batch, keep, compact=False, replaced=None, **options):
     """generate() of the unpatched model in any decoding strategy, the dropped columns masked out of every step."""
-    oracle = Oracle(model, batch, keep, compact=compact)
+    oracle = Oracle(model, batch, keep, compact=compact, replaced=replaced)
     times = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
     positions = oracle.positions.repeat_interleave(times, 1)
     following, keep = oracle.next.repeat_interleave(times), keep.repeat_interleave(times, 0)
@@ -37,6 +39,8 @@ def masked_generate(model, batch, keep, compact=False, **options):
     def mask_keys(module, args, kwargs):
         fed, length = kwargs["inputs_embeds"].shape[1], positions.shape[2]
         past = 0 if fed == length else kwargs["past_key_values"].get_seq_length()
+        if past == 0:
+            kwargs["inputs_embeds"] = oracle.embeds.repeat_interleave(times, 0)
         later = past + fed - length
         where = torch.cat([positions, (following.unsqueeze(1) + torch.arange(later)).expand(3, -1, -1)], 2)
         kwargs["position_ids"] = where[:, :, past : past + fed]
@@ -61,39 +65,33 @@ MODES = {
 
 @pytest.mark.parametrize("positions", ["original", "compact"])
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_equals_the_masked_full_sequence(model, mode, positions):
+@pytest.mark.parametrize("reencoded", [False, True])
+def test_every_mode_equals_the_masked_full_sequence(model, mode, positions, reencoded):
     batch, options = inputs(*SAMPLES), GREEDY | MODES[mode]
-    selector = Keep(same_for_each_video)
+    reencode = (lambda kept: kept.sin()) if reencoded else None
+    selector = Keep(every(2), tokens=reencode)
     with qts_video.attach(model, selector, positions=positions) as handle:
         torch.manual_seed(3)
         ours = model.generate(**batch, **options)
-    times = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
-    assert len(selector.calls) == 1
-    videos = handle.last.videos
-    assert [video.sample for video in videos[:times]] == [*range(times)]
-    assert [video.sample for video in videos[times:]] == [row for row in range(times, 2 * times) for _ in range(2)]
-    assert [video.grid for video in videos[times:]] == [(2, 3, 2), (3, 1, 2)] * times
-    first = [video.indices for video in (videos[0], *videos[times : times + 2])]
-    starts = [0, 24, 36]
-    keep = keep_mask(batch, torch.cat([kept + start for kept, start in zip(first, starts, strict=True)]))
-    torch.manual_seed(3)
-    theirs = masked_generate(model, batch, keep, positions == "compact", **options)
-    assert torch.equal(ours, theirs)
-
-
-def same_for_each_video(videos):
-    """Like a deterministic method: what is kept depends on the video alone."""
-    starts = videos.cu_seqlens.tolist()
-    return [
-        torch.arange(start + length % 2, start + length, 2)
-        for start, length in zip(starts, videos.lengths, strict=False)
+    (call,) = selector.calls  # a sample is selected from once, however often generate() repeats it
+    assert [(video.sample, video.grid) for video in handle.last.videos] == [
+        (0, (4, 2, 3)),
+        (1, (2, 3, 2)),
+        (1, (3, 1, 2)),
     ]
+    assert call.context.input_ids.shape == batch["input_ids"].shape
+    assert call.context.inputs_embeds.shape[:2] == call.context.position_ids.shape[1:] == batch["input_ids"].shape
+    keep = keep_mask(batch, selector.kept)
+    torch.manual_seed(3)
+    replaced = call.tokens[selector.kept].sin() if reencoded else None
+    theirs = masked_generate(model, batch, keep, positions == "compact", replaced, **options)
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
 def test_without_a_cache_every_step_selects_again(model, options):
     batch = inputs(*SAMPLES)
-    selector = Keep(same_for_each_video)
+    selector = Keep(every(2))
     with qts_video.attach(model, selector):
         cached = model.generate(**batch, **GREEDY, **options)
         assert len(selector.calls) == 1
@@ -139,6 +137,8 @@ def test_keeping_everything_in_a_static_cache_is_bit_identical(model):
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_decoding_by_hand_with_forward(model, positions, cache, masked):
     """A loop over forward(), without position ids: they continue where the whole prompt's would have."""
+    if (5,) < VERSION < (5, 13) and cache == "static" and not masked:
+        pytest.skip("these versions make no positions for a static cache without a mask, with or without selection")
     batch = inputs(*SAMPLES)
     selector = Keep(every(2))
     past = make_cache(model, cache)
@@ -289,8 +289,17 @@ def test_positional_inputs_of_generate_and_forward(model):
 
 
 def test_a_batch_equals_its_samples_one_by_one(model):
-    with qts_video.attach(model, Keep(same_for_each_video)):
+    with qts_video.attach(model, Uniform(0.5)):
         alone = [model.generate(**inputs(sample, seed=7), **GREEDY)[:, -4:] for sample in SAMPLES[:1]]
         batch = inputs(SAMPLES[0], SAMPLES[1], seed=7)
         together = model.generate(**batch, **GREEDY)[:, -4:]
     assert torch.equal(together[:1], alone[0])
+
+
+def test_a_cropped_cache_raises(model):
+    batch, cache = inputs(SAMPLES[0]), DynamicCache()
+    with qts_video.attach(model, Keep(every(2))), torch.no_grad():
+        model(**batch, past_key_values=cache)
+        cache.crop(5 - cache.get_seq_length())  # 5.23 takes a negative number alone
+        with pytest.raises(ValueError, match="cropped to 5 tokens"):
+            model(input_ids=torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)

@@ -101,11 +101,10 @@ def test_wrong_budgets_raise(method, wrong):
 def test_in_a_model_with_beams(model, method):
     batch = inputs(prompt(user(Video(4), [30])), prompt(user(Video(2), [31], Video(1), [32])))
     options = {"max_new_tokens": 3, "do_sample": False, "num_beams": 3}
+    wanted = method.select(videos(24, 12, 6))
     with qts_video.attach(model, method) as handle:
         ours = model.generate(**batch, **options)
-        kept = [video.indices for video in handle.last.videos]
-    order = [0, 0, 0, 1, 2, 1, 2, 1, 2]
-    for indices, first in zip(kept, order, strict=True):
-        assert torch.equal(indices, kept[{0: 0, 1: 3, 2: 4}[first]])
-    with qts_video.attach(model, Keep(lambda v: [k + s for k, s in zip(kept, v.cu_seqlens.tolist(), strict=False)])):
+    kept = [video.indices.tolist() for video in handle.last.videos]
+    assert kept == split(wanted, (24, 12, 6))
+    with qts_video.attach(model, Keep(lambda _: list(wanted.indices.split(wanted.n.tolist())))):
         assert torch.equal(model.generate(**batch, **options), ours)
