@@ -1,5 +1,7 @@
 """What a call took: seconds of each stage, and the peak of its memory."""
 
+import ctypes
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -77,6 +79,7 @@ def _peak_memory(device: torch.device) -> Iterator:
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - start
         return
+    _return_freed_memory()
     start = resident_bytes()
     if start is None:
         yield lambda: None
@@ -95,6 +98,14 @@ def _peak_memory(device: torch.device) -> Iterator:
     finally:
         stop.set()
         thread.join()
+
+
+def _return_freed_memory() -> None:
+    """What earlier calls freed goes back to the system, or this call would use it again and seem to need less."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def resident_bytes() -> int | None:
