@@ -1,5 +1,6 @@
 """Query-aware vision-token selection for video LLMs: fast, exact ops and modules."""
 
+from qts_kernels import nn
 from qts_kernels._version import __version__
 from qts_kernels.ops.gather_tokens.api import gather_tokens
 from qts_kernels.ops.reencode.api import add_rms_norm, bias_gelu, gather_add_rms_norm
@@ -17,6 +18,7 @@ __all__ = [
     "bias_gelu",
     "gather_add_rms_norm",
     "gather_tokens",
+    "nn",
     "relevance",
     "rms_scale",
     "soft_threshold",

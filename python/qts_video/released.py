@@ -82,7 +82,7 @@ def load_selector(checkpoint: Checkpoint) -> QTSplus:
     module = QTSplus(**selector_options(checkpoint, state))
     module.load_state_dict(state, assign=True)
     # A time embedding that the release does not have starts in float32.
-    return module.to(state["scoring_layers.0.q_norm.weight"].dtype).requires_grad_().eval()
+    return module.to(state["scoring_layers.0.q_norm.weight"].dtype).eval()
 
 
 def selector_options(checkpoint: Checkpoint, state: dict[str, torch.Tensor]) -> dict[str, Any]:

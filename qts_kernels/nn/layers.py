@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qts_kernels import bias_gelu
+from qts_kernels.ops.reencode.api import bias_gelu
 
 EPS = 1e-6
 """Of every RMSNorm, as in the release."""

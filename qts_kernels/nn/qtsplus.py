@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qts_kernels import Selection, add_rms_norm, gather_add_rms_norm, gather_tokens, rms_scale, topn
 from qts_kernels._checks import check_cu_seqlens, check_same, check_shape, check_tensor
 from qts_kernels.nn.budget import BudgetHead
 from qts_kernels.nn.layers import EPS
@@ -15,6 +14,11 @@ from qts_kernels.nn.reencoder import ReencodeLayer
 from qts_kernels.nn.scoring import RelevanceLayer, ScoringLayer
 from qts_kernels.nn.serialization import adapt_released_state, load_module, save_module
 from qts_kernels.nn.time_embedding import TimeEmbedding
+from qts_kernels.ops.gather_tokens.api import gather_tokens
+from qts_kernels.ops.reencode.api import add_rms_norm, gather_add_rms_norm
+from qts_kernels.ops.rms_scale.api import rms_scale
+from qts_kernels.ops.topn.api import topn
+from qts_kernels.selection import Selection
 
 
 class QTSplus(nn.Module):

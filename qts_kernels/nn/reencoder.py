@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qts_kernels import add_rms_norm
 from qts_kernels.nn.layers import EPS, AttentionBlock, fold_norm
+from qts_kernels.ops.reencode.api import add_rms_norm
 from qts_kernels.ops.reencode.attention import varlen_attention
 
 
@@ -23,11 +23,10 @@ class ReencodeLayer(nn.Module):
         """residual z [N, D], and normed [N, D] = z / rms(z), without a weight -> (update, z') with the layer's output
         z' + update. Rows behind ``cu_seqlens[-1]`` come out finite where they went in finite."""
         core = self.core
-        projections = ((core.q_proj, core.q_norm), (core.k_proj, core.kv_norm), (core.v_proj, core.kv_norm))
-        weight = torch.cat([fold_norm(norm, projection) for projection, norm in projections])
-        bias = torch.cat([projection.bias for projection, _ in projections])
-        widths = [projection.out_features for projection, _ in projections]
-        query, key, value = map(core.split_heads, F.linear(normed, weight, bias).split(widths, dim=-1))
+        # The small weights take the norm's weight; W_q is as large as the rows of a short video, so there they do.
+        weight = torch.cat([fold_norm(core.kv_norm, core.k_proj), fold_norm(core.kv_norm, core.v_proj)])
+        key, value = F.linear(normed, weight, torch.cat([core.k_proj.bias, core.v_proj.bias])).chunk(2, dim=-1)
+        query, key, value = map(core.split_heads, (core.q_proj(normed * core.q_norm.weight), key, value))
         attended = core.o_proj(varlen_attention(query, key, value, cu_seqlens, max_seqlen).flatten(1))
         residual, normed = add_rms_norm(attended.to(residual.dtype), residual, core.ffn_norm.weight, EPS)
         return core.ffn(normed).to(residual.dtype), residual

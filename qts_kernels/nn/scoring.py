@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qts_kernels import relevance
 from qts_kernels.nn.layers import EPS, AttentionBlock, fold_norm
 from qts_kernels.nn.packing import Packed
 from qts_kernels.ops.reencode.attention import varlen_attention
+from qts_kernels.ops.relevance.api import relevance
 
 
 class RelevanceLayer(nn.Module):

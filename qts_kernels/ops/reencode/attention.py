@@ -67,7 +67,6 @@ def varlen_attention(
     return run(query, key, value, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k).where(used, 0)
 
 
-@torch.compiler.assume_constant_result
 def attention_backend(device: torch.device | str, dtype: torch.dtype, head_dim: int = 128) -> AttentionBackend:
     """What serves ``varlen_attention`` for tensors of this device and dtype: flash-attn, else torch's own
     variable-length attention (the same algorithm), else SDPA."""
@@ -85,6 +84,10 @@ def attention_backend(device: torch.device | str, dtype: torch.dtype, head_dim: 
     if absent is None:
         return AttentionBackend("flash-attn", "first choice")
     return AttentionBackend("torch.varlen_attn", f"no flash-attn: {absent}")
+
+
+# The mark of torch.compiler.assume_constant_result, which itself would import torch._dynamo, and Triton with it.
+attention_backend._dynamo_marked_constant = True
 
 
 @cache
