@@ -58,6 +58,25 @@ def test_compiles_as_one_graph(layout):
         check_padded(compiled(*args, **kwargs), module(*args, **kwargs))
 
 
+def test_one_graph_serves_all_lengths():
+    module = make_selector(64, 4, 2)
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=count)
+    generator = torch.Generator().manual_seed(0)
+    for m, length in ((96, 7), (50, 5), (333, 9)):
+        x, question = (torch.randn(2, size, 64, generator=generator) for size in (m, length))
+        seconds = torch.rand(2, m, generator=generator)
+        with torch.no_grad():
+            check_padded(compiled(x, question, timestamps=seconds), module(x, question, timestamps=seconds))
+    assert len(graphs) == 1
+
+
 def test_compiled_gradients():
     module = make_selector(64, 4, 2)
     args, kwargs = calls()["dense"]
