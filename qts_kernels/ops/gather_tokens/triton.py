@@ -1,5 +1,7 @@
 """Rows of several tensors in one launch, moved as words: the dtype plays no part."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -65,7 +67,7 @@ def gather_rows(tensors: list[Tensor], indices: Tensor) -> list[Tensor]:
 
 def _words(x: Tensor) -> Tensor:
     """[T, ...] as [T, words] of the widest integer that its rows, its strides and its address are multiples of."""
-    flat = x.reshape(x.shape[0], -1)
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     if flat.stride(1) != 1 and flat.shape[1] > 1:
         flat = flat.contiguous()
     size = flat.element_size()
