@@ -26,21 +26,32 @@ struct Head {
 
 constexpr int64_t MAX_TILE_KEYS = 64;
 
+// The best score of each group of group_rows rows and each key, less an estimate of the row's log-sum-exp:
+// at[g * stride + m] = max over the rows of group g of s - estimate[r], -inf where they don't see the key.
+struct Bounds {
+  const float* estimate;  // [rows] finite
+  float* at;
+  int64_t stride;  // at least the number of keys, rounded up to whole tiles
+};
+
 struct Kernels {
   int64_t tile_rows, tile_keys, lanes;
+  int64_t group_rows;  // a multiple of tile_rows
   // 32-bit words that a row takes when it is packed.
   int64_t (*packed_words)(int64_t head_dim);
   // Packs the head_dim elements at `from` as row `row` of a packed query.
   void (*pack_query)(const char* from, int64_t head_dim, int64_t row, uint32_t* packed);
   // Over the keys begin <= m < end: max[r] = the largest score of row r (the lowest float where it sees no key) and
-  // sum[r] = sum over m of 2^(s - max). `panel` is scratch of packed_words * tile_keys, `sums` of rows * lanes.
-  void (*row_statistics)(const Head&, int64_t begin, int64_t end, uint32_t* panel, float* sums, float* max, float* sum);
-  // For the at most tile_keys keys begin <= m < end: best[m] = max(best[m], max over rows of s - lse[r]), and
-  // row[m] = first_row + the first row that attains it. Given `row`, NaN stays NaN; without it NaN is passed over.
-  void (*column_max)(const Head&, int64_t begin, int64_t end, const float* lse, uint32_t* panel, float* best,
+  // sum[r] = sum over m of 2^(s - max); and the bounds, unless null, for which begin is a multiple of tile_keys.
+  // `panel` is scratch of packed_words * tile_keys words, `sums` of rows * lanes floats.
+  void (*row_statistics)(const Head&, int64_t begin, int64_t end, const Bounds*, uint32_t* panel, float* sums,
+                         float* max, float* sum);
+  // For n <= tile_keys keys of ascending index key[i]: best[i] = max(best[i], max over rows of s - lse[r]), and
+  // row[i] = first_row + the first row that attains it. Given `row`, NaN stays NaN; without it NaN is passed over.
+  void (*column_max)(const Head&, const int32_t* key, int64_t n, const float* lse, uint32_t* panel, float* best,
                      int64_t first_row, int64_t* row);
-  // total[m] += sum over rows of 2^(s - lse[r]).
-  void (*column_sum)(const Head&, int64_t begin, int64_t end, const float* lse, uint32_t* panel, float* total);
+  // total[i] += sum over rows of 2^(s - lse[r]).
+  void (*column_sum)(const Head&, const int32_t* key, int64_t n, const float* lse, uint32_t* panel, float* total);
   // x[i] = 2^x[i]; n is a multiple of tile_keys.
   void (*exp2)(float* x, int64_t n);
 };

@@ -6,6 +6,7 @@
 namespace qts::QTS_ISA {
 namespace {
 
+using relevance::Bounds;
 using relevance::Head;
 using relevance::Type;
 
@@ -22,8 +23,8 @@ struct alignas(64) Tile {
 struct alignas(64) Panel {
   const uint32_t* words;
   int64_t steps;
-  int32_t begin;            // its first key
-  float factor[TILE_KEYS];  // scale * log2(e) * key_scale, 0 where there is no key
+  float factor[TILE_KEYS];  // scale * log2(e) * key_scale
+  int32_t key[TILE_KEYS];   // ascending; the largest integer, which no row sees, where there is no key
 };
 
 // tile = (packed query rows x packed panel) * factor. Rounded here, by itself, so that both passes see the same score
@@ -53,32 +54,28 @@ __attribute__((noinline)) void product(const uint32_t* query, const Panel& panel
   }
 }
 
-void factors(const Head& head, int64_t begin, int64_t end, Panel& panel) {
-  for (int64_t m = 0; m < TILE_KEYS; ++m) {
-    panel.factor[m] = begin + m >= end ? 0.0f
-                      : head.key_scale ? head.factor * head.key_scale[begin + m]
-                                       : head.factor;
-  }
-}
-
 // -inf where the row does not see the key.
 void mask(const int32_t* limit, const Panel& panel, Tile& tile) {
   for (int i = 0; i < TILE_ROWS; ++i) {
-    const VecI last = VecI{} + (limit[i] - panel.begin);
+    const VecI end = VecI{} + limit[i];
     for (int j = 0; j < TILE_VECS; ++j) {
       float* at = tile.at[i] + j * LANES;
-      store(at, select(lane_index() + j * LANES < last, load(at), broadcast(-INFINITE)));
+      store(at, select(load_as<VecI>(panel.key + j * LANES) < end, load(at), broadcast(-INFINITE)));
     }
   }
 }
 
-// Calls use(row, tile) for each tile of rows that sees a key of the panel begin <= m < end.
+// Calls use(row, tile) for each tile of rows that sees one of the n keys.
 template <typename Source, typename Use>
-QTS_INLINE void for_each_tile(const Head& head, int64_t begin, int64_t end, uint32_t* words, Use use) {
-  Panel panel{words, Source::words(head.head_dim), static_cast<int32_t>(begin), {}};
-  const int64_t stop = begin + TILE_KEYS < end ? begin + TILE_KEYS : end;
-  pack_panel<Source>(head, begin, stop, words);
-  factors(head, begin, stop, panel);
+QTS_INLINE void for_each_tile(const Head& head, const int32_t* key, int64_t n, uint32_t* words, Use use) {
+  Panel panel;
+  panel.words = words;
+  panel.steps = Source::words(head.head_dim);
+  for (int64_t i = 0; i < TILE_KEYS; ++i) {
+    panel.key[i] = i < n ? key[i] : INT32_MAX;
+    panel.factor[i] = i >= n ? 0.0f : head.key_scale ? head.factor * head.key_scale[key[i]] : head.factor;
+  }
+  pack_panel<Source>(head, key, n, words);
   Tile tile;
   for (int64_t row = 0; row < head.rows; row += TILE_ROWS) {
     int32_t least = head.limit[row], most = least;
@@ -87,9 +84,9 @@ QTS_INLINE void for_each_tile(const Head& head, int64_t begin, int64_t end, uint
       least = limit < least ? limit : least;
       most = limit > most ? limit : most;
     }
-    if (most <= begin) continue;
+    if (most <= panel.key[0]) continue;
     product<typename Source::Dot>(head.query + row * panel.steps, panel, tile);
-    if (least < begin + TILE_KEYS) mask(head.limit + row, panel, tile);
+    if (least <= panel.key[TILE_KEYS - 1]) mask(head.limit + row, panel, tile);
     use(row, tile);
   }
 }
@@ -114,35 +111,58 @@ QTS_INLINE void add_to_row(const float* score, float& max, float* sums) {
   store(sums, sum);
 }
 
+// top[j] = max(top[j], max over the tile's rows of s - less[i]); NaN is passed over.
+QTS_INLINE void add_to_columns(const Tile& tile, const float* less, Vec (&top)[TILE_VECS]) {
+  for (int i = 0; i < TILE_ROWS; ++i) {
+    const Vec l = broadcast(less[i]);
+    for (int j = 0; j < TILE_VECS; ++j) top[j] = vmax(load(tile.at[i] + j * LANES) - l, top[j]);
+  }
+}
+
+QTS_INLINE void load_columns(const float* from, Vec (&to)[TILE_VECS]) {
+  for (int j = 0; j < TILE_VECS; ++j) to[j] = load(from + j * LANES);
+}
+
+QTS_INLINE void store_columns(float* to, const Vec (&from)[TILE_VECS]) {
+  for (int j = 0; j < TILE_VECS; ++j) store(to + j * LANES, from[j]);
+}
+
 template <typename Source>
-void row_statistics(const Head& head, int64_t begin, int64_t end, uint32_t* words, float* sums, float* max,
-                    float* sum) {
+void row_statistics(const Head& head, int64_t begin, int64_t end, const Bounds* bounds, uint32_t* words, float* sums,
+                    float* max, float* sum) {
   for (int64_t r = 0; r < head.rows; ++r) max[r] = LOWEST;
   for (int64_t i = 0; i < head.rows * LANES; ++i) sums[i] = 0;
   for (int64_t m = begin; m < end; m += TILE_KEYS) {
-    for_each_tile<Source>(head, m, end, words, [&](int64_t row, const Tile& tile) {
+    int32_t key[TILE_KEYS];
+    for (int i = 0; i < TILE_KEYS; ++i) key[i] = static_cast<int32_t>(m + i);
+    for (int64_t row = 0; bounds != nullptr && row < head.rows; row += GROUP_ROWS) {
+      for (int i = 0; i < TILE_KEYS; ++i) bounds->at[row / GROUP_ROWS * bounds->stride + m + i] = -INFINITE;
+    }
+    for_each_tile<Source>(head, key, end - m, words, [&](int64_t row, const Tile& tile) {
       for (int i = 0; i < TILE_ROWS; ++i) add_to_row(tile.at[i], max[row + i], sums + (row + i) * LANES);
+      if (bounds == nullptr) return;
+      float* const at = bounds->at + row / GROUP_ROWS * bounds->stride + m;
+      Vec top[TILE_VECS];
+      load_columns(at, top);
+      add_to_columns(tile, bounds->estimate + row, top);
+      store_columns(at, top);
     });
   }
   for (int64_t r = 0; r < head.rows; ++r) sum[r] = sum_lanes(load(sums + r * LANES));
 }
 
 template <typename Source>
-void column_max(const Head& head, int64_t begin, int64_t end, const float* lse, uint32_t* words, float* best,
+void column_max(const Head& head, const int32_t* key, int64_t n, const float* lse, uint32_t* words, float* best,
                 int64_t first_row, int64_t* best_row) {
   Vec top[TILE_VECS];
-  for (int j = 0; j < TILE_VECS; ++j) top[j] = load(best + j * LANES);
+  load_columns(best, top);
   if (best_row == nullptr) {
-    for_each_tile<Source>(head, begin, end, words, [&](int64_t row, const Tile& tile) {
-      for (int i = 0; i < TILE_ROWS; ++i) {
-        const Vec l = broadcast(lse[row + i]);
-        for (int j = 0; j < TILE_VECS; ++j) top[j] = vmax(load(tile.at[i] + j * LANES) - l, top[j]);
-      }
-    });
+    for_each_tile<Source>(head, key, n, words,
+                          [&](int64_t row, const Tile& tile) { add_to_columns(tile, lse + row, top); });
   } else {
     VecI which[TILE_VECS];
     for (int j = 0; j < TILE_VECS; ++j) which[j] = VecI{} - 1;
-    for_each_tile<Source>(head, begin, end, words, [&](int64_t row, const Tile& tile) {
+    for_each_tile<Source>(head, key, n, words, [&](int64_t row, const Tile& tile) {
       for (int i = 0; i < TILE_ROWS; ++i) {
         const Vec l = broadcast(lse[row + i]);
         for (int j = 0; j < TILE_VECS; ++j) {
@@ -156,15 +176,14 @@ void column_max(const Head& head, int64_t begin, int64_t end, const float* lse, 
     });
     int32_t row[TILE_KEYS];
     __builtin_memcpy(row, which, sizeof(row));
-    for (int m = 0; m < TILE_KEYS; ++m) best_row[m] = row[m] < 0 ? best_row[m] : first_row + row[m];
+    for (int i = 0; i < TILE_KEYS; ++i) best_row[i] = row[i] < 0 ? best_row[i] : first_row + row[i];
   }
-  for (int j = 0; j < TILE_VECS; ++j) store(best + j * LANES, top[j]);
+  store_columns(best, top);
 }
 
 template <typename Source>
-void column_sum(const Head& head, int64_t begin, int64_t end, const float* lse, uint32_t* words,
-                float* total) {
-  for_each_tile<Source>(head, begin, end, words, [&](int64_t row, const Tile& tile) {
+void column_sum(const Head& head, const int32_t* key, int64_t n, const float* lse, uint32_t* words, float* total) {
+  for_each_tile<Source>(head, key, n, words, [&](int64_t row, const Tile& tile) {
     for (int j = 0; j < TILE_VECS; ++j) {
       Vec sum{};
       for (int i = 0; i < TILE_ROWS; ++i) sum += exp2(load(tile.at[i] + j * LANES) - broadcast(lse[row + i]));
@@ -182,6 +201,7 @@ constexpr relevance::Kernels kernels_of() {
   return {TILE_ROWS,
           TILE_KEYS,
           LANES,
+          GROUP_ROWS,
           Source::words,
           pack_query<Source>,
           row_statistics<Source>,

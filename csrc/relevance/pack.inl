@@ -9,11 +9,11 @@ using relevance::Type;
 
 // As many sums as fit the registers, beside a row of keys and a broadcast query: 24 of 32, 12 of 16 and 8 of 16.
 #if defined(QTS_AVX512)
-constexpr int TILE_ROWS = 8, TILE_VECS = 3;
+constexpr int TILE_ROWS = 8, TILE_VECS = 3, GROUP_ROWS = 32;
 #elif defined(QTS_AVX2)
-constexpr int TILE_ROWS = 6, TILE_VECS = 2;
+constexpr int TILE_ROWS = 6, TILE_VECS = 2, GROUP_ROWS = 36;
 #else
-constexpr int TILE_ROWS = 4, TILE_VECS = 2;
+constexpr int TILE_ROWS = 4, TILE_VECS = 2, GROUP_ROWS = 32;
 #endif
 constexpr int TILE_KEYS = TILE_VECS * LANES;
 static_assert(TILE_KEYS <= relevance::MAX_TILE_KEYS);
@@ -97,24 +97,22 @@ QTS_INLINE void transpose(Vec (&row)[LANES]) {
   if constexpr (DISTANCE > 1) transpose<DISTANCE / 2>(row);
 }
 
-// The keys begin <= m < end, at most TILE_KEYS of them, word by word: panel[word][m]; zeros behind the last key.
+// The n keys of index key[i], word by word: panel[word][i]; zeros behind the last.
 template <typename Source>
-void pack_panel(const Head& head, int64_t begin, int64_t end, uint32_t* panel) {
+void pack_panel(const Head& head, const int32_t* key, int64_t n, uint32_t* panel) {
   const int64_t words = Source::words(head.head_dim), block = LANES * Source::ELEMENTS_PER_WORD;
-  for (int j = 0; j < TILE_VECS; ++j) {
-    const int64_t first = begin + j * LANES;
-    const int64_t keys = end - first;
+  for (int64_t first = 0; first < TILE_KEYS; first += LANES) {
     for (int64_t word = 0; word < words; word += LANES) {
       const int64_t left = head.head_dim - word * Source::ELEMENTS_PER_WORD;
-      const int64_t n = left < block ? left : block;
-      const char* from = head.key + first * head.key_stride + word * Source::WORD_BYTES;
+      const int64_t elements = left < block ? left : block;
+      const char* from = head.key + word * Source::WORD_BYTES;
       Vec row[LANES];
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i) {
-        row[i] = i < keys ? Source::load_words(from + i * head.key_stride, n) : Vec{};
+        row[i] = first + i < n ? Source::load_words(from + key[first + i] * head.key_stride, elements) : Vec{};
       }
       transpose<LANES / 2>(row);
-      uint32_t* to = panel + word * TILE_KEYS + j * LANES;
+      uint32_t* to = panel + word * TILE_KEYS + first;
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i) {
         if (word + i < words) __builtin_memcpy(to + i * TILE_KEYS, &row[i], sizeof(Vec));

@@ -129,9 +129,9 @@ std::tuple<Tensor, Tensor, Tensor> relevance(Tensor query, Tensor key, std::opti
       std::fill_n(row_lse + h * input.query_rows + s.query_begin, s.length, -std::numeric_limits<float>::infinity());
     }
   }
-  Workspace workspace(input, kernels(type), segments);
+  Workspace workspace(input, kernels(type), mean, segments);
   workspace.row_statistics(row_lse);
-  workspace.column_scores(mean, score, row);
+  workspace.column_scores(score, row);
   return {scores, lse, argrow};
 }
 

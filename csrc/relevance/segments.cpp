@@ -17,8 +17,15 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // keys alone: the same numbers are added in the same order on any number of threads.
 int64_t chunk_of(int64_t keys, int64_t tile) { return round_up(std::max<int64_t>(768, (keys + 63) / 64), tile); }
 
+// Whether pass 1 shall keep bounds: it pays where there are many keys, wanted ones, and many groups of rows. The groups'
+// last one may be part empty, hence three groups a head: the bounds then are at most 4.2 % of the score matrix's size.
+bool keeps_bounds(const Segment& s, int64_t kv_heads, int64_t group_rows) {
+  return s.keys >= 4096 && 2 * s.columns >= s.keys && s.rows >= 3 * group_rows && s.rows * kv_heads >= 8 * group_rows;
+}
+
 // Places the segments that have work in the buffers, and drops the others.
-std::vector<Segment> placed(const Input& in, const Kernels& run, const std::vector<Segment>& all, Sizes& size) {
+std::vector<Segment> placed(const Input& in, const Kernels& run, bool mean, const std::vector<Segment>& all,
+                            Sizes& size) {
   std::vector<Segment> kept;
   for (Segment s : all) {
     if (s.length == 0 || s.keys == 0) continue;
@@ -31,24 +38,42 @@ std::vector<Segment> placed(const Input& in, const Kernels& run, const std::vect
     size.limits += s.rows;
     size.rows += s.rows * in.kv_heads;
     size.partials += s.rows * in.kv_heads * s.chunks;
+    if (!mean && keeps_bounds(s, in.kv_heads, run.group_rows)) {
+      s.groups = (s.rows + run.group_rows - 1) / run.group_rows;
+      s.bound = size.bounds;
+      s.bound_stride = round_up(s.keys, run.tile_keys);
+      size.bounds += in.kv_heads * s.groups * s.bound_stride;
+    }
     kept.push_back(s);
   }
   return kept;
 }
 
+// log2 of the sum of 2^s over all chunks of keys, from each chunk's maximum and sum, which lie `stride` apart.
+double merged(const float* max, const float* sum, int64_t chunks, int64_t stride) {
+  float top = max[0];
+  for (int64_t c = 1; c < chunks; ++c) top = std::max(top, max[c * stride]);
+  double total = 0;
+  for (int64_t c = 0; c < chunks; ++c) total += sum[c * stride] * std::exp2(max[c * stride] - top);
+  return top + std::log2(total);
+}
+
 }  // namespace
 
-Workspace::Workspace(const Input& input, const Kernels& kernels, const std::vector<Segment>& all)
+Workspace::Workspace(const Input& input, const Kernels& kernels, bool mean_, const std::vector<Segment>& all)
     : in(input),
       run(kernels),
+      mean(mean_),
       size(),
-      segments(placed(input, kernels, all, size)),
+      segments(placed(input, kernels, mean_, all, size)),
       words(kernels.packed_words(input.head_dim)),
       query(size.rows * words),
       limit(size.limits),
       lse(size.rows),
+      estimate(size.rows),
       max(size.partials),
-      sum(size.partials) {
+      sum(size.partials),
+      bound(size.bounds) {
   pack();
 }
 
@@ -89,6 +114,35 @@ void Workspace::pack() {
   }
 }
 
+// The statistics of some thousand keys, evenly spread: what the bounds are taken against. Any number would do for a right
+// answer; the nearer it is to the row's log-sum-exp, the fewer rows pass 2 computes.
+void Workspace::estimate_rows(const Segment& s) {
+  const int64_t step = std::max<int64_t>(16, s.keys / 2048), keys = (s.keys + step - 1) / step;
+  const int64_t chunk = round_up(256, run.tile_keys), chunks = (keys + chunk - 1) / chunk;
+  Buffer<int32_t> limits(s.rows);
+  for (int64_t r = 0; r < s.rows; ++r) limits[r] = static_cast<int32_t>((limit[s.limit + r] + step - 1) / step);
+  Buffer<float> key_scale(keys), maxima(in.kv_heads * chunks * s.rows), totals(in.kv_heads * chunks * s.rows);
+  if (in.key_scale != nullptr) {
+    for (int64_t m = 0; m < keys; ++m) key_scale[m] = in.key_scale[s.key_begin + m * step];
+  }
+  for_each_item(in.kv_heads * chunks, flops(), [&] {
+    return [&, panel = Buffer<uint32_t>(words * run.tile_keys), sums = Buffer<float>(s.rows * run.lanes)](int64_t i) {
+      Head sample = head(s, i / chunks);
+      sample.limit = limits.get();
+      sample.key_stride *= step;
+      if (in.key_scale != nullptr) sample.key_scale = key_scale.get();
+      const int64_t begin = i % chunks * chunk, end = std::min(begin + chunk, keys);
+      run.row_statistics(sample, begin, end, nullptr, panel.get(), sums.get(), maxima.get() + i * s.rows,
+                         totals.get() + i * s.rows);
+    };
+  });
+  for (int64_t i = 0; i < in.kv_heads * s.rows; ++i) {
+    const int64_t at = i / s.rows * chunks * s.rows + i % s.rows;
+    const double found = merged(maxima.get() + at, totals.get() + at, chunks, s.rows) + std::log2(step);
+    estimate[s.row + i] = std::isfinite(found) ? static_cast<float>(found) : 0.0f;
+  }
+}
+
 void Workspace::row_statistics(float* lse_out) {
   struct Work {
     const Segment* segment;
@@ -97,6 +151,7 @@ void Workspace::row_statistics(float* lse_out) {
   std::vector<Work> work;
   int64_t rows = 0;
   for (const Segment& s : segments) {
+    if (s.groups > 0) estimate_rows(s);
     rows = std::max(rows, s.rows);
     for (int64_t chunk = 0; chunk < s.chunks; ++chunk) {
       for (int64_t kv = 0; kv < in.kv_heads; ++kv) work.push_back({&s, kv, chunk});
@@ -105,9 +160,12 @@ void Workspace::row_statistics(float* lse_out) {
   for_each_item(work.size(), flops(), [&] {
     return [&, panel = Buffer<uint32_t>(words * run.tile_keys), sums = Buffer<float>(rows * run.lanes)](int64_t i) {
       const Segment& s = *work[i].segment;
-      const int64_t begin = work[i].chunk * s.chunk, end = std::min(begin + s.chunk, s.keys);
-      const int64_t at = s.partial + (work[i].kv_head * s.chunks + work[i].chunk) * s.rows;
-      run.row_statistics(head(s, work[i].kv_head), begin, end, panel.get(), sums.get(), max.get() + at, sum.get() + at);
+      const int64_t kv = work[i].kv_head, begin = work[i].chunk * s.chunk, end = std::min(begin + s.chunk, s.keys);
+      const int64_t at = s.partial + (kv * s.chunks + work[i].chunk) * s.rows;
+      const Bounds bounds{estimate.get() + s.row + kv * s.rows,
+                          bound.get() + s.bound + kv * s.groups * s.bound_stride, s.bound_stride};
+      run.row_statistics(head(s, kv), begin, end, s.groups > 0 ? &bounds : nullptr, panel.get(), sums.get(),
+                         max.get() + at, sum.get() + at);
     };
   });
   for (Segment& s : segments) merge(s, lse_out);
@@ -119,15 +177,8 @@ void Workspace::merge(Segment& s, float* lse_out) {
     float* const base_2 = lse.get() + s.row + kv * s.rows;
     std::fill_n(base_2, s.rows, INFINITE);
     for (int64_t r = 0; r < count; ++r) {
-      const float *m = max.get() + s.partial + kv * s.chunks * s.rows + r, *n = sum.get() + (m - max.get());
-      float top = *m;
-      for (int64_t c = 1; c < s.chunks; ++c) top = std::max(top, m[c * s.rows]);
-      double total = 0;
-      for (int64_t c = 0; c < s.chunks; ++c) {
-        total += n[c * s.rows] * std::exp2(m[c * s.rows] - top);
-      }
-      const double statistic = top + std::log2(total);
-      const int64_t flat = kv * count + r;
+      const int64_t at = s.partial + kv * s.chunks * s.rows + r, flat = kv * count + r;
+      const double statistic = merged(max.get() + at, sum.get() + at, s.chunks, s.rows);
       lse_out[flat / s.length * in.query_rows + s.query_begin + flat % s.length] = static_cast<float>(statistic * LN_2);
       if (std::isnan(statistic) && s.nan_row < 0) s.nan_row = flat;
       // A row that sees no key, or none but -inf, takes part in nothing.
@@ -136,58 +187,6 @@ void Workspace::merge(Segment& s, float* lse_out) {
       s.infinite = s.infinite || base_2[r] == INFINITE;
     }
   }
-}
-
-void Workspace::column_scores(bool mean, float* scores, int64_t* argrow) const {
-  struct Work {
-    const Segment* segment;
-    int64_t begin;
-  };
-  std::vector<Work> work;
-  for (const Segment& s : segments) {
-    for (int64_t c = 0; c < s.columns; c += run.tile_keys) work.push_back({&s, c});
-  }
-  for_each_item(work.size(), flops(), [&] {
-    return [&, panel = Buffer<uint32_t>(words * run.tile_keys)](int64_t i) {
-      const Segment& s = *work[i].segment;
-      panel_scores(s, work[i].begin, mean, panel.get(), scores + s.out_begin + work[i].begin,
-                   argrow == nullptr ? nullptr : argrow + s.out_begin + work[i].begin);
-    };
-  });
-}
-
-void Workspace::panel_scores(const Segment& s, int64_t begin, bool mean, uint32_t* panel, float* scores,
-                             int64_t* argrow) const {
-  const int64_t n = std::min(run.tile_keys, s.columns - begin);
-  const int64_t key = s.column_begin + begin;
-  const auto attained_by = [&](int64_t flat) {
-    return flat / s.length * in.query_rows + s.query_begin + flat % s.length;
-  };
-  if (s.nan_row >= 0) {
-    std::fill_n(scores, n, std::numeric_limits<float>::quiet_NaN());
-    if (argrow != nullptr) std::fill_n(argrow, n, attained_by(s.nan_row));
-    return;
-  }
-  alignas(64) float value[MAX_TILE_KEYS];
-  int64_t row[MAX_TILE_KEYS] = {};
-  std::fill_n(value, run.tile_keys, mean ? 0.0f : -INFINITE);
-  const int64_t count = in.heads / in.kv_heads * s.length;
-  for (int64_t kv = 0; kv < in.kv_heads; ++kv) {
-    const float* const base_2 = lse.get() + s.row + kv * s.rows;
-    if (mean) {
-      run.column_sum(head(s, kv), key, key + n, base_2, panel, value);
-    } else {
-      run.column_max(head(s, kv), key, key + n, base_2, panel, value, kv * count,
-                     argrow != nullptr || s.infinite ? row : nullptr);
-    }
-  }
-  if (mean) {
-    for (int64_t m = 0; m < n; ++m) scores[m] = value[m] / static_cast<float>(in.heads * s.length);
-    return;
-  }
-  run.exp2(value, run.tile_keys);
-  std::copy_n(value, n, scores);
-  if (argrow != nullptr) std::transform(row, row + n, argrow, attained_by);
 }
 
 }  // namespace qts::relevance
