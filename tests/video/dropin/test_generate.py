@@ -68,7 +68,7 @@ MODES = {
 @pytest.mark.parametrize("reencoded", [False, True])
 def test_every_mode_equals_the_masked_full_sequence(model, mode, positions, reencoded):
     batch, options = inputs(*SAMPLES), GREEDY | MODES[mode]
-    reencode = (lambda kept: kept.sin()) if reencoded else None
+    reencode = (lambda kept: 1 - 3 * kept) if reencoded else None
     selector = Keep(every(2), tokens=reencode)
     with qts_video.attach(model, selector, positions=positions) as handle:
         torch.manual_seed(3)
@@ -83,7 +83,7 @@ def test_every_mode_equals_the_masked_full_sequence(model, mode, positions, reen
     assert call.context.inputs_embeds.shape[:2] == call.context.position_ids.shape[1:] == batch["input_ids"].shape
     keep = keep_mask(batch, selector.kept)
     torch.manual_seed(3)
-    replaced = call.tokens[selector.kept].sin() if reencoded else None
+    replaced = 1 - 3 * call.tokens[selector.kept] if reencoded else None
     theirs = masked_generate(model, batch, keep, positions == "compact", replaced, **options)
     assert torch.equal(ours, theirs)
 
@@ -116,6 +116,26 @@ def test_static_caches_equal_the_dynamic_one(model, samples, positions):
         text = {k: v[:, -6:] for k, v in batch.items() if k in ("input_ids", "attention_mask", "mm_token_type_ids")}
         again = model.generate(**text, **GREEDY, past_key_values=cache)
     assert torch.equal(again, model.generate(**text, **GREEDY))
+
+
+def test_a_cache_that_was_reset_serves_another_prompt_by_hand(model):
+    batch, cache = inputs(SAMPLES[0]), make_cache(model, "static")
+    text = inputs(prompt(user([30, 31])))
+
+    def answer():
+        model(**text, past_key_values=cache)
+        step = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.ones(1, text["input_ids"].shape[1] + 1)}
+        where = torch.tensor([[[text["input_ids"].shape[1]]]]).expand(3, 1, 1)
+        logits = model(**step, position_ids=where, past_key_values=cache).logits
+        cache.reset()
+        return logits
+
+    with torch.no_grad():
+        wanted = answer()
+        with qts_video.attach(model, Keep(every(2))):
+            model(**batch, past_key_values=cache)
+            cache.reset()
+            assert torch.equal(answer(), wanted)
 
 
 def test_keeping_everything_in_a_static_cache_is_bit_identical(model):
@@ -303,3 +323,34 @@ def test_a_cropped_cache_raises(model):
         cache.crop(5 - cache.get_seq_length())  # 5.23 takes a negative number alone
         with pytest.raises(ValueError, match="cropped to 5 tokens"):
             model(input_ids=torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_a_second_video_on_a_shortened_cache(model, positions, masked):
+    first, second = SAMPLES[0], [*user([41], Video(3, 2, 2), [33]), *ANSWER]
+    whole, part = inputs([*first, *second]), inputs(first)
+    cut, patches = part["input_ids"].shape[1], len(part["pixel_values_videos"])
+    oracle = Oracle(model, whole, torch.ones_like(whole["input_ids"], dtype=torch.bool))
+    rest = {name: value[:, cut:] for name, value in whole.items() if name in ("input_ids", "mm_token_type_ids")}
+    rest |= {name: whole[name][1:] for name in ("video_grid_thw", "second_per_grid_ts")}
+    rest |= {"pixel_values_videos": whole["pixel_values_videos"][patches:]}
+    rest |= {"position_ids": oracle.positions[:, :, cut:]}
+    rest |= {"attention_mask": whole["attention_mask"]} if masked else {}
+    part |= {"pixel_values_videos": whole["pixel_values_videos"][:patches]}
+    selector, cache = Keep(every(2)), DynamicCache()
+    with qts_video.attach(model, selector, positions=positions), torch.no_grad():
+        model(**part, past_key_values=cache)
+        kept = [selector.kept]
+        output = model(**rest, past_key_values=cache)
+        kept.append(selector.kept + 24)
+        token = output.logits[:, -1].argmax(-1)
+        where = oracle.next.view(1, 1, 1).expand(3, 1, 1)
+        step = model(input_ids=token[:, None], position_ids=where, past_key_values=cache).logits
+    keep = keep_mask(whole, torch.cat(kept))
+    wanted = Oracle(model, whole, keep, compact=positions == "compact")
+    ours, theirs = output.logits[0], wanted.logits()[0, cut:][keep[0, cut:]]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+    tokens, logits = wanted.greedy(2)
+    assert torch.equal(token, tokens[:, 0])
+    torch.testing.assert_close(step[:, -1], logits[1], rtol=0, atol=1e-10)

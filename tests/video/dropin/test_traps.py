@@ -34,6 +34,24 @@ def test_gapped_positions_without_a_mask_are_not_read_as_packed(model, use_cache
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("positions", ["original", "compact"])
+def test_the_decoder_gets_a_mask_and_text_positions_without_gaps(model, positions):
+    """Flash attention looks for packed sequences in the text positions, the first of four rows, by itself."""
+    got = {}
+    with qts_video.attach(model, Keep(every(3)), positions=positions):
+        hook = model.model.language_model.register_forward_pre_hook(
+            lambda module, args, kwargs: got.update(kwargs) if not got else None, with_kwargs=True
+        )
+        model.generate(**BATCH, max_new_tokens=2, do_sample=False)
+        hook.remove()
+    kept = got["inputs_embeds"].shape[1]
+    assert kept < BATCH["input_ids"].shape[1]
+    assert got["attention_mask"].tolist() == [[1] * kept]
+    text, *rotary = got["position_ids"]
+    assert text.tolist() == [list(range(kept))]
+    assert (max(rotary[0][0].diff()) > 1) == (positions == "original")
+
+
 def test_flat_position_ids(model):
     """[B, L] positions, as for a text model: gathered like the others."""
     selector = Keep(every(2))
