@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -184,7 +185,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        with ProcessPoolExecutor(options.jobs) as pool:
+        with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
             pending = [pool.submit(compile_case, name, target) for name in cases() for target in TARGETS]
             rows = [row for p in pending for row in p.result()]
     options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -69,6 +69,8 @@ def gradient_tiles(query: Tensor, rows: int) -> Tiles:
     depth, block = _power_of_2(query.shape[2], 128), _power_of_2(rows, 64)
     if query.dtype == torch.float32:
         return Tiles(min(block, 32), 32, min(depth, 32), 4, 2)
+    if common.is_amd():
+        return Tiles(min(block, 32), 32, depth, 4, 2)  # 64 by 64 spills
     return Tiles(block, 64, depth, 8 if block == 64 else 4, 2)
 
 
