@@ -74,7 +74,6 @@ def extensions() -> list:
                 "nvcc": [
                     "-O3",
                     "-std=c++17",
-                    "-Xptxas=-v",
                     "-Xcompiler=-fvisibility=hidden",
                     *DEFINES,
                     "-DUSE_CUDA",
