@@ -65,7 +65,9 @@ def test_an_error_inside_a_selector_leaves_the_model_usable(model):
             with pytest.raises(ArithmeticError, match="selector"):
                 model.generate(**BATCH, max_new_tokens=2)
             selector.choose = every(2)  # in the multimodal part alone, called straight after the error
-            assert model.model(**BATCH).last_hidden_state.shape[1] == handle.last.columns.shape[1] < logits.shape[1]
+            other = inputs(prompt(user(Video(2), [33])))
+            assert model.model(**other).last_hidden_state.shape[1] == handle.last.columns.shape[1]
+            assert handle.last.total == 12
             text = inputs(prompt(user([30])))
             assert model(**text).logits.shape[1] == text["input_ids"].shape[1]
             model(**BATCH)
