@@ -16,8 +16,9 @@ using torch::stable::Tensor;
 
 // Sums are cut here whatever the number of threads, so that their bits do not depend on it.
 constexpr int64_t kChunk = 1 << 14;
-// From this size on, the threads share one segment; below it, they share the segments.
-constexpr int64_t kLarge = 4 * kChunk;
+// From this size on, the threads share one segment; below it, they share the segments: a dozen meetings of the threads
+// cost more than they save where other work has the cores.
+constexpr int64_t kLarge = 1 << 18;
 // Halving alone brings any bracket of floats from its whole range to the last bit in this many steps.
 constexpr int kIterations = 100;
 

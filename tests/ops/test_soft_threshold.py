@@ -89,7 +89,7 @@ def test_native_agrees_with_the_reference(kind):
 
 @NATIVE
 def test_threads_do_not_change_a_bit():
-    scores = torch.randn(3, 70_000, generator=torch.Generator().manual_seed(0))
+    scores = torch.randn(3, 270_000, generator=torch.Generator().manual_seed(0))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
