@@ -17,8 +17,8 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // keys alone: the same numbers are added in the same order on any number of threads.
 int64_t chunk_of(int64_t keys, int64_t tile) { return round_up(std::max<int64_t>(768, (keys + 63) / 64), tile); }
 
-// Whether pass 1 shall keep bounds: it pays where there are many keys, wanted ones, and many groups of rows. The groups'
-// last one may be part empty, hence three groups a head: the bounds then are at most 4.2 % of the score matrix's size.
+// Whether pass 1 shall keep bounds: it pays where there are many keys, wanted ones, and many groups of rows. The last
+// group of a head may be part empty, hence three groups at least: the bounds are at most 4.2 % of the score matrix.
 bool keeps_bounds(const Segment& s, int64_t kv_heads, int64_t group_rows) {
   return s.keys >= 4096 && 2 * s.columns >= s.keys && s.rows >= 3 * group_rows && s.rows * kv_heads >= 8 * group_rows;
 }
@@ -114,8 +114,8 @@ void Workspace::pack() {
   }
 }
 
-// The statistics of some thousand keys, evenly spread: what the bounds are taken against. Any number would do for a right
-// answer; the nearer it is to the row's log-sum-exp, the fewer rows pass 2 computes.
+// The statistics of some thousand keys, evenly spread: what the bounds are taken against. Any number would do for a
+// right answer; the nearer it is to the row's log-sum-exp, the fewer rows pass 2 computes.
 void Workspace::estimate_rows(const Segment& s) {
   const int64_t step = std::max<int64_t>(16, s.keys / 2048), keys = (s.keys + step - 1) / step;
   const int64_t chunk = round_up(256, run.tile_keys), chunks = (keys + chunk - 1) / chunk;
