@@ -2,6 +2,6 @@
 
 from qts_video import methods
 from qts_video.attach import Handle, attach
-from qts_video.report import Report, VideoReport
+from qts_video.dropin.report import Report, VideoReport
 
 __all__ = ["Handle", "Report", "VideoReport", "attach", "methods"]

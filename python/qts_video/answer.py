@@ -7,8 +7,8 @@ import torch
 
 from .adapters import find_adapter
 from .attach import attach
+from .dropin.report import Report
 from .measure import Measurement, measure
-from .report import Report
 from .video import Video, VideoError
 
 

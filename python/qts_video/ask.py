@@ -14,7 +14,7 @@ from . import methods
 from .answer import Answer, answer, prepare
 from .checkpoints import load_model
 from .demo import mebibytes
-from .versions import check_version
+from .dropin.versions import check_version
 from .video import Video, read_video
 
 # qwen-vl-utils' own bounds, so that a video costs as many tokens here as there: 768 tokens of 28 x 28 pixels

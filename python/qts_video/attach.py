@@ -5,11 +5,11 @@ from typing import Any, Literal
 from torch import nn
 
 from qts_video.adapters import find_adapter
-from qts_video.attachment import ATTRIBUTE, Attachment
-from qts_video.handle import Handle
+from qts_video.dropin.attachment import ATTRIBUTE, Attachment
+from qts_video.dropin.handle import Handle
+from qts_video.dropin.prefill import Prefill
+from qts_video.dropin.versions import check_version
 from qts_video.methods.base import Selector
-from qts_video.prefill import Prefill
-from qts_video.versions import check_version
 
 __all__ = ["Handle", "Prefill", "attach"]
 

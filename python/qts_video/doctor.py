@@ -140,7 +140,7 @@ def _models() -> list[tuple[str, ...]]:
         rows = [("methods", ", ".join(sorted(names(methods)))), ("models", ", ".join(sorted(ADAPTERS)))]
         import transformers
 
-        from .versions import check_version
+        from .dropin.versions import check_version
 
         check_version(transformers.__version__)
     except Exception as error:  # noqa: BLE001

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .adapters import find_adapter
-from .stopwatch import Stopwatch
+from .dropin.stopwatch import Stopwatch
 
 
 @dataclass

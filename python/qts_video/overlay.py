@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.axes import Axes
 
-    from .report import VideoReport
+    from .dropin.report import VideoReport
 
 KEPT, RELEVANCE = "#ff7f0e", "#1f5f99"
 WIDTH, LEFT, RIGHT, GAP = 15.0, 0.95, 0.3, 0.08  # inches

@@ -7,8 +7,8 @@ import torch
 pytest.importorskip("matplotlib")
 
 from PIL import Image
+from qts_video.dropin.report import VideoReport
 from qts_video.overlay import _light, draw_selection
-from qts_video.report import VideoReport
 
 
 def report(grid, indices, scores=True, step=0.5) -> VideoReport:

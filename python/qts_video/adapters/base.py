@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from qts_video.question import ChatMarkers
+from qts_video.dropin.question import ChatMarkers
 
 
 @dataclass(frozen=True)

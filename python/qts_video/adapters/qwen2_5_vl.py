@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qts_video.adapters.base import Parts
-from qts_video.question import ChatMarkers, resolve_markers
+from qts_video.dropin.question import ChatMarkers, resolve_markers
 
 # The official Qwen2 vocabulary, by which a model without a tokenizer is recognised.
 _OFFICIAL_IDS = {

@@ -17,8 +17,10 @@ def gather_add_rms_norm(tokens: Tensor, indices: Tensor, addend: Tensor | None, 
         residual = tokens.index_select(0, indices.clamp(min=0))
     if addend is not None:
         residual = residual + addend
-    residual = residual.masked_fill((indices < 0)[:, None], 0)
-    return residual, *_rms_norm(residual, weight, eps)
+    padded = (indices < 0)[:, None]
+    residual = residual.masked_fill(padded, 0)
+    normed, rstd = _rms_norm(residual, weight, eps)
+    return residual, normed.masked_fill(padded, 0), rstd
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor | None, eps: float):

@@ -22,7 +22,7 @@ def soft_threshold(scores: Tensor, rho: Tensor, tau: float, *, cu_seqlens: Tenso
         cu_seqlens: int32 [S+1] offsets of the packed segments.
 
     Returns:
-        t [S]; 0 for an empty segment. Differentiable in scores and rho by the implicit function theorem:
+        t [S]; 0 for an empty segment, NaN where a score is not finite. Differentiable in scores and rho by the implicit function theorem:
         with s' = s (1 - s) / tau, dt/d rho = -M / sum s' and dt/d r_i = s'_i / sum s'.
 
     Raises:

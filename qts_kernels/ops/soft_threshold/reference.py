@@ -23,5 +23,5 @@ def soft_threshold(scores: Tensor, rho: Tensor, cu_seqlens: Tensor, tau: float) 
             middle = (low + high) / 2
             above = torch.sigmoid((r - middle) / tau).mean() > target
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        out[s] = (low + high) / 2
+        out[s] = torch.where(r.isfinite().all(), (low + high) / 2, torch.nan)
     return out

@@ -6,8 +6,8 @@ import pytest
 import qts_video
 import torch
 import transformers
+from qts_video.dropin.versions import check_version
 from qts_video.methods import Uniform
-from qts_video.versions import check_version
 from tiny_qwen import Keep, Video, every, inputs, keep_all, prompt, user
 
 BATCH = inputs(prompt(user([40], Video(4), [30, 31, 32])))

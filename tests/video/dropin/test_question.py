@@ -6,7 +6,7 @@ import pytest
 import qts_video
 import torch
 from qts_video.adapters import ADAPTERS
-from qts_video.question import ChatMarkers, find_question, read_question, resolve_markers
+from qts_video.dropin.question import ChatMarkers, find_question, read_question, resolve_markers
 from tiny_qwen import (
     ASSISTANT,
     IM_END,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qts_video.layout import Layout
+from qts_video.dropin.layout import Layout
 
 
 @dataclass(frozen=True)

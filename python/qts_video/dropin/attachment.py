@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 from qts_video.adapters import Adapter
-from qts_video.checks import check_selection
-from qts_video.decode import check_continuation, translate_decoder_inputs
-from qts_video.dropped import forget_if_reset, recall, remember
-from qts_video.generation import Generation, arguments_by_name, check_generate, read_generation
-from qts_video.layout import locate_videos, to_host
+from qts_video.dropin.checks import check_selection
+from qts_video.dropin.decode import check_continuation, translate_decoder_inputs
+from qts_video.dropin.dropped import forget_if_reset, recall, remember
+from qts_video.dropin.generation import Generation, arguments_by_name, check_generate, read_generation
+from qts_video.dropin.layout import locate_videos, to_host
+from qts_video.dropin.prefill import Call, Prefill, add_question, pack_videos, shorten_decoder_inputs
+from qts_video.dropin.question import find_question
+from qts_video.dropin.report import Report
+from qts_video.dropin.shorten import kept_columns
+from qts_video.dropin.stopwatch import Stopwatch
 from qts_video.methods.base import Selector
-from qts_video.prefill import Call, Prefill, add_question, pack_videos, shorten_decoder_inputs
-from qts_video.question import find_question
-from qts_video.report import Report
-from qts_video.shorten import kept_columns
-from qts_video.stopwatch import Stopwatch
 
 ATTRIBUTE = "_qts_video_attachment"
 

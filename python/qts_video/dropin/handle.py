@@ -1,8 +1,8 @@
 """What ``attach`` returns: the way to a selector that is in a model."""
 
-from qts_video.attachment import Attachment
-from qts_video.question import GivenQuestion, read_question
-from qts_video.report import Report
+from qts_video.dropin.attachment import Attachment
+from qts_video.dropin.question import GivenQuestion, read_question
+from qts_video.dropin.report import Report
 
 
 class Handle:

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qts_video.dropped import Dropped
-from qts_video.layout import Layout
+from qts_video.dropin.dropped import Dropped
+from qts_video.dropin.layout import Layout
+from qts_video.dropin.shorten import Columns
 from qts_video.methods.base import Videos
-from qts_video.shorten import Columns
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from qts_video.dropped import Dropped
+from qts_video.dropin.dropped import Dropped
 
 
 def check_continuation(

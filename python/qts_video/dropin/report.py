@@ -5,8 +5,8 @@ from functools import cached_property
 
 import torch
 
-from qts_video.layout import Layout
-from qts_video.stopwatch import Stopwatch
+from qts_video.dropin.layout import Layout
+from qts_video.dropin.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
