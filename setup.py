@@ -16,8 +16,8 @@ from setuptools import find_packages, setup
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
-# 2.10 is the first torch whose stable ABI has what csrc/ uses; 3.10 the first Python.
-DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+# 2.10 is the first torch whose stable ABI has what csrc/ uses. Python's own ABI does not matter: csrc/ never calls it.
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 HOST = ["-O3", "-std=c++17", "-fvisibility=hidden", *DEFINES]
 
 

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import qts_kernels
+from qts_kernels import _native
 from qts_kernels.testing import assert_within_budget, poisoned_memory
 
+NATIVE = pytest.mark.skipif(_native.absent("_C") is not None, reason=str(_native.absent("_C")))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows of one element, of whole vectors, of odd tails; longer than a GPU block keeps in registers, vectors or single.
 WIDTHS = (1, 7, 64, 129, 1000, 2048, 8200, 8195)
@@ -97,6 +99,7 @@ def test_bias_gelu(device, dtype, width):
     check(qts_kernels.bias_gelu, eager_gelu, (x, bias))
 
 
+@NATIVE
 def test_gelu_keeps_its_digits_where_eager_loses_them(device):
     """1 + erf(y / sqrt 2) cancels for negative y; to four units in the last place, taken from a tail, it does not."""
     y = torch.linspace(-10, 8, 20_001, device=device)[None]
@@ -107,6 +110,7 @@ def test_gelu_keeps_its_digits_where_eager_loses_them(device):
     assert (units[exact != 0] <= (4 + y.double().square() / 2)[exact != 0]).all()
 
 
+@NATIVE
 def test_gelu_at_the_ends(device):
     y = torch.tensor([[0.0, -0.0, 100.0, -100.0, 3e38, -3e38, torch.inf, torch.nan]], device=device)
     got = qts_kernels.bias_gelu(y, torch.zeros(8, device=device))[0].tolist()

@@ -160,6 +160,7 @@ def test_gradcheck(device):
     assert torch.autograd.gradcheck(lambda s, r: qts_kernels.soft_threshold(s, r, 0.7, cu_seqlens=cu), (scores, rho))
 
 
+@NATIVE
 def test_saturated_gates_have_no_gradient(device):
     scores = torch.tensor([[0.0, 1.0]], device=device).requires_grad_()
     rho = torch.tensor([0.5], device=device).requires_grad_()

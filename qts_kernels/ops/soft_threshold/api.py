@@ -22,8 +22,8 @@ def soft_threshold(scores: Tensor, rho: Tensor, tau: float, *, cu_seqlens: Tenso
         cu_seqlens: int32 [S+1] offsets of the packed segments.
 
     Returns:
-        t [S]; 0 for an empty segment, NaN where a score is not finite. Differentiable in scores and rho by the implicit function theorem:
-        with s' = s (1 - s) / tau, dt/d rho = -M / sum s' and dt/d r_i = s'_i / sum s'.
+        t [S]; 0 for an empty segment, NaN where a score is not finite. Differentiable in scores and rho by the implicit
+        function theorem: with s' = s (1 - s) / tau, dt/d rho = -M / sum s' and dt/d r_i = s'_i / sum s'.
 
     Raises:
         ValueError, TypeError: on shapes, dtypes, devices, rho, tau or cu_seqlens that do not fit.
