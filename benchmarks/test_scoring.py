@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import qts_kernels
+from qts_kernels import backends
 from qts_kernels.testing import assert_within_budget
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -70,9 +71,27 @@ def check(ours, eager, exact):
     assert_within_budget(ours, eager, exact, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    "who", ["qts_kernels", "eager", "eager, as released", "torch.compile", "key projection GEMM alone"]
-)
+def referred(run):
+    """``run`` with every op served by its eager reference."""
+
+    def call():
+        with backends.force("reference"):
+            return run()
+
+    return call
+
+
+SCORERS = [
+    "qts_kernels",
+    "eager reference",
+    "eager, as a model writes it",
+    "eager, as released",
+    "torch.compile",
+    "key projection GEMM alone",
+]
+
+
+@pytest.mark.parametrize("who", SCORERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @torch.inference_mode()
@@ -82,14 +101,15 @@ def test_score_raw_tokens(timed, device, shape, dtype, who):
     compiled = torch.compile(eager_scorer) if who == "torch.compile" else None
     runs = {
         "qts_kernels": lambda: our_scorer(x, folded, query),
-        "eager": lambda: eager_scorer(x, norm, weight, query),
+        "eager reference": referred(lambda: our_scorer(x, folded, query)),
+        "eager, as a model writes it": lambda: eager_scorer(x, norm, weight, query),
         "eager, as released": lambda: released_layer(x, norm, weight, query),
         "torch.compile": lambda: compiled(x, norm, weight, query),
         "key projection GEMM alone": lambda: F.linear(x, folded),
     }
     if who == "qts_kernels":
         exact = eager_scorer(x.double(), norm.double(), weight.double(), query.double())
-        check(runs[who](), runs["eager"](), exact)
+        check(runs[who](), runs["eager, as a model writes it"](), exact)
     timed("score raw tokens", name(shape, dtype), who, runs[who])
 
 
