@@ -89,7 +89,7 @@ def test_runs_in_a_clean_environment(wheel, tmp_path):
     python = environment(tmp_path / "venv", f"{wheel}[video]", *versions)
     assert "['native']" in run(python, "-c", REPORT, cwd=tmp_path)
     table = run(tmp_path / "venv" / "bin" / "qts", "demo", cwd=tmp_path)
-    assert "random" in table
+    assert "RANDOM weights" in table
     assert list(tmp_path.rglob("*.png"))
 
 
