@@ -50,6 +50,15 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, like_name: str, like: Tensor
     check_same(name, cu_seqlens, like_name, like, dtype=False)
 
 
+def check_same_segments(name: str, cu_seqlens: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless both cu_seqlens have the same number of segments."""
+    if cu_seqlens.shape != other.shape:
+        raise ValueError(
+            f"{name} and {other_name} must have the same number of segments, "
+            f"got {cu_seqlens.shape[0] - 1} and {other.shape[0] - 1}"
+        )
+
+
 def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, total: int) -> None:
     """On the CPU, raise ValueError unless ``cu_seqlens`` starts at 0, never decreases and ends at ``total``."""
     if cu_seqlens.device.type != "cpu":
@@ -86,8 +95,3 @@ def check_open_unit_values(name: str, x: Tensor) -> None:
     outside = x[~((x > 0) & (x < 1))]
     if outside.numel():
         raise ValueError(f"{name} must be in (0, 1), got {outside[0].item()}")
-
-
-def uniform_cu_seqlens(segments: int, length: int, device: torch.device) -> Tensor:
-    """int32 [segments+1]: the cu_seqlens of a dense batch, made on the device without a copy from the host."""
-    return torch.arange(segments + 1, dtype=torch.int32, device=device) * length

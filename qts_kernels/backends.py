@@ -1,8 +1,8 @@
 """Which implementation serves which op on which device; force one in tests; a report for people.
 
-Implementations: ``reference`` (eager PyTorch, everywhere), ``native`` (C++ on the CPU, CUDA C++ on the GPU),
-    ``triton`` (GPU; on the CPU
-only in Triton's interpreter, and only where forced). The first available one in the op's order of preference serves.
+Implementations: ``reference`` (eager PyTorch, everywhere), ``native`` (C++ on the CPU, CUDA C++ on the GPU), ``triton``
+(GPU; on the CPU only in Triton's interpreter, and only where forced). The first available one in the op's order of
+preference serves.
 """
 
 import warnings
@@ -72,11 +72,11 @@ def implementation(op: str, x: torch.Tensor) -> Callable:
     """The function that serves ``op`` for ``x``. float64 is served by the reference; it exists to check the others."""
     device = x.device.type
     if op in _forced:
-        return _load_forced(op, device, _forced[op])
+        return _load_named(op, device, _forced[op])
     if None in _forced and _forced[None] in (i.name for i in _table.get((op, device), ())):
-        return _load_forced(op, device, _forced[None])
+        return _load_named(op, device, _forced[None])
     if x.dtype == torch.float64:
-        return _table[op, "cpu"][_index(op, "cpu", "reference")].load()
+        return _load_named(op, device, "reference")
     if (op, device) not in _chosen:
         _chosen[op, device] = _choose(op, device)
     return _chosen[op, device]
@@ -99,19 +99,14 @@ def _choose(op: str, device: str) -> Callable:
     raise AssertionError("unreachable: the reference is always available")
 
 
-def _index(op: str, device: str, name: str) -> int:
-    names = [i.name for i in _table[op, device]]
-    if name not in names:
-        raise ValueError(f"{op} on {device} has the implementations {names}, got {name!r}")
-    return names.index(name)
-
-
-def _load_forced(op: str, device: str, name: str) -> Callable:
-    candidate = _table[op, device][_index(op, device, name)]
-    reason = candidate.absent()
+def _load_named(op: str, device: str, name: str) -> Callable:
+    named = {candidate.name: candidate for candidate in _table[op, device]}
+    if name not in named:
+        raise ValueError(f"{op} on {device} has the implementations {list(named)}, got {name!r}")
+    reason = named[name].absent()
     if reason is not None:
         raise RuntimeError(f"{op} was forced to {name!r}, which is not available: {reason}")
-    return candidate.load()
+    return named[name].load()
 
 
 def _triton_absent() -> str | None:

@@ -58,7 +58,7 @@ struct Part {
   int64_t start, stop;
   Histogram histogram;
   std::vector<uint32_t> candidates;  // keys that share the threshold's first digit
-  int64_t above = 0, ties = 0;       // rows above the threshold, and equal to it
+  int64_t above = 0;                 // rows above the threshold
 
   void count_first(const float* scores) {
     histogram.clear();
@@ -103,12 +103,10 @@ struct Part {
 };
 
 // Writes the kept rows of [start, stop) in ascending order: those above `threshold`, and the first `ties` equal to it.
-// Returns how many ties it wrote.
-inline int64_t write_rows(
-    const float* scores, int64_t start, int64_t stop, uint32_t threshold, int64_t ties, int64_t*& out) {
+inline void write_rows(
+    const float* scores, int64_t start, int64_t stop, uint32_t threshold, int64_t ties, int64_t* out) {
   uint32_t keys[kBlock];
   int64_t rows[kBlock];
-  int64_t left = ties;
   for (int64_t i = start; i < stop; i += kBlock) {
     const int count = static_cast<int>(std::min<int64_t>(kBlock, stop - i));
     ordered_keys(scores + i, count, keys);
@@ -116,14 +114,13 @@ inline int64_t write_rows(
     for (int j = 0; j < count; ++j) {
       // Written always, kept sometimes: a branch on a random score would be mispredicted.
       rows[kept] = i + j;
-      const bool tie = (keys[j] == threshold) & (left > 0);
-      left -= tie;
+      const bool tie = (keys[j] == threshold) & (ties > 0);
+      ties -= tie;
       kept += (keys[j] > threshold) | tie;
     }
     std::memcpy(out, rows, sizeof(int64_t) * static_cast<size_t>(kept));
     out += kept;
   }
-  return ties - left;
 }
 
 }  // namespace qts::topn

@@ -96,8 +96,7 @@ void select_radix(const float* scores, const Segment& s, int64_t* out, std::vect
   }
   each([&](Part& part) {
     const auto index = static_cast<size_t>(&part - parts.data());
-    int64_t* end = out + positions[index];
-    write_rows(scores, part.start, part.stop, threshold, ties[index], end);
+    write_rows(scores, part.start, part.stop, threshold, ties[index], out + positions[index]);
   });
 }
 

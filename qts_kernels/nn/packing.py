@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qts_kernels._checks import uniform_cu_seqlens
+from qts_kernels._segments import uniform_cu_seqlens
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 beyond it. Run as a script it makes the sweep alone, for the instruction set that QTS_CPU_ISA names."""
 
 import itertools
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import check_sweep, run_with
 
 import qts_kernels
 from qts_kernels import _native
@@ -89,21 +88,13 @@ def sweep():
         check(arguments(shape, dtype, reduce=reduce, causal=causal, scaled=scaled, columns=columns))
 
 
-def run_with(isa):
-    environment = {**os.environ, "QTS_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
-
-
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_within_budget(isa):
-    done = run_with(isa)
-    if "but this CPU has no more than" in done.stderr:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    assert done.returncode == 0, done.stderr
+    check_sweep(isa, __file__)
 
 
 def test_an_unknown_instruction_set_raises():
-    done = run_with("avx1024")
+    done = run_with("avx1024", __file__)
     assert done.returncode != 0
     assert "QTS_CPU_ISA must be portable, avx2, avx512 or avx512_bf16, got avx1024" in done.stderr
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qts_kernels._checks import check_cu_seqlens, check_same, check_shape, check_tensor
+from qts_kernels._checks import check_cu_seqlens, check_same, check_same_segments, check_shape, check_tensor
+from qts_kernels._segments import segment_ids
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -149,7 +150,7 @@ def _sdpa_padded(query, key, value, cu_q, max_q, cu_k, max_k) -> Tensor:
         attn_mask=valid[:, None, None, :],
     )
     row = torch.arange(query.shape[0], dtype=cu_q.dtype, device=query.device)
-    segment = (torch.searchsorted(cu_q, row, right=True) - 1).clamp(max=cu_q.shape[0] - 2)
+    segment = segment_ids(cu_q, query.shape[0]).clamp(max=cu_q.shape[0] - 2)
     place = (segment * max_q + row - cu_q[segment]).clamp(max=cu_q.shape[0] * max_q - max_q - 1)
     answered = _used(query, cu_q) & (cu_k.diff() > 0)[segment][:, None, None]
     return out.transpose(1, 2).flatten(0, 1)[place].where(answered, 0)
@@ -185,8 +186,4 @@ def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, cu_seq
         raise ValueError(f"the query's heads must be a multiple of the key's, got {query.shape[1]} and {key.shape[1]}")
     check_cu_seqlens("cu_seqlens", cu_seqlens, "query", query)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "query", query)
-    if cu_seqlens.shape != cu_seqlens_k.shape:
-        raise ValueError(
-            "cu_seqlens and cu_seqlens_k must have the same number of segments, "
-            f"got {cu_seqlens.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
-        )
+    check_same_segments("cu_seqlens", cu_seqlens, "cu_seqlens_k", cu_seqlens_k)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 import qts_kernels.ops.relevance.register  # noqa: F401
-from qts_kernels._checks import check_cu_seqlens, check_same, check_shape, check_tensor, uniform_cu_seqlens
+from qts_kernels._checks import check_cu_seqlens, check_same, check_same_segments, check_shape, check_tensor
+from qts_kernels._segments import uniform_cu_seqlens
 
 Columns = tuple[int, int] | Sequence[tuple[int, int]]
 
@@ -114,11 +115,7 @@ def _check(query, key, reduce, key_scale, cu_seqlens_q, cu_seqlens_k, packed) ->
     if packed:
         check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, "query", query)
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, "query", query)
-        if cu_seqlens_q.shape != cu_seqlens_k.shape:
-            raise ValueError(
-                "cu_seqlens_q and cu_seqlens_k must have the same number of segments, "
-                f"got {cu_seqlens_q.shape[0] - 1} and {cu_seqlens_k.shape[0] - 1}"
-            )
+        check_same_segments("cu_seqlens_q", cu_seqlens_q, "cu_seqlens_k", cu_seqlens_k)
     if key_scale is not None:
         expected = (torch.float64,) if query.dtype == torch.float64 else (torch.float32,)
         check_tensor("key_scale", key_scale, key.ndim - 2, "[sum M]" if packed else "[B, M]", expected)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 import qts_kernels.ops.soft_threshold.register  # noqa: F401
-from qts_kernels._checks import check_cu_seqlens, check_same, check_tensor, uniform_cu_seqlens
+from qts_kernels._checks import check_cu_seqlens, check_same, check_tensor
+from qts_kernels._segments import uniform_cu_seqlens
 
 DTYPES = (torch.float32, torch.float64)
 

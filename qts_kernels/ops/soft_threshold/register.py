@@ -4,6 +4,7 @@ import torch
 
 from qts_kernels import backends
 from qts_kernels._checks import check_cu_seqlens_values, check_open_unit_values
+from qts_kernels._segments import segment_ids
 from qts_kernels.ops.soft_threshold import reference
 
 
@@ -37,12 +38,6 @@ def _backward(ctx, grad):
     # An empty segment, or one whose gates are all saturated, has no slope: its threshold does not move.
     share = torch.where(total > 0, grad / total, 0)
     return share[segment] * slope, -share * cu_seqlens.diff(), None, None
-
-
-def segment_ids(cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
-    """int64 [rows]: the segment of each packed row, without a synchronisation."""
-    row = torch.arange(rows, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    return torch.searchsorted(cu_seqlens, row, right=True) - 1
 
 
 torch.library.register_autograd("qts_kernels::soft_threshold", _backward, setup_context=_setup_context)
