@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from qts_video.dropin.layout import Layout
 from qts_video.dropin.question import ChatMarkers
 
 
@@ -32,6 +33,13 @@ class Adapter(Protocol):
     transfer."""
     default_seconds_per_step: float
     """What the model itself takes a step of the temporal grid to last, in seconds, where it is not told."""
+    rope_axes: int
+    """Axes of the decoder's rotary positions: 1, or 3 (time, height, width) for M-RoPE."""
+    positions_carry_time: bool
+    """Whether the positions of a video's tokens say when they are, in absolute time, so that gaps between frames
+    must not be closed."""
+    video_encoder: str
+    """The method of ``parts().base`` that encodes videos."""
 
     def check(self, model: nn.Module) -> None:
         """Raise TypeError unless ``model`` is of the class that this adapter knows."""
@@ -41,8 +49,16 @@ class Adapter(Protocol):
         """The modules to hook."""
         ...
 
+    def projector(self, model: nn.Module) -> nn.Module:
+        """The module between the vision tower and the language model: its input are the vision features."""
+        ...
+
     def video_token_id(self, model: nn.Module) -> int:
         """The placeholder that stands in ``input_ids`` for every token of a video."""
+        ...
+
+    def holds_video(self, model: nn.Module, input_ids: torch.Tensor, tokenizer: Any | None) -> bool:
+        """Whether a prompt [B, L] holds a video."""
         ...
 
     def vision_token_ids(self, model: nn.Module) -> tuple[int, ...]:
@@ -57,12 +73,42 @@ class Adapter(Protocol):
         """Whether a forward call was given videos, as pixels or encoded."""
         ...
 
-    def grids(self, model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[tuple[int, int, int]]:
-        """(time steps, rows, columns) of each video's tokens after the merger, in the order of the
-        placeholders.
+    def locate(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        valid: torch.Tensor,
+        inputs: Mapping[str, Any],
+        tokenizer: Any | None,
+    ) -> Layout:
+        """Where the videos of a prompt are.
 
-        ``inputs`` holds those of ``host_inputs`` that the call was given, on the CPU. A video has time steps
-        * rows * columns tokens. Raises ValueError where an input that is needed is missing.
+        Args:
+            model: the model.
+            input_ids: [B, L] int64 on the CPU.
+            valid: [B, L] bool on the CPU, false where the prompt is padded.
+            inputs: what the model was called with, by name; those of ``host_inputs`` are on the CPU, others
+                must not be read but for their shapes.
+            tokenizer: the one given to ``attach``.
+
+        Returns:
+            The layout; without a video where the placeholders are all of images.
+
+        Raises:
+            ValueError: an input that is needed is missing, or does not fit the placeholders.
+        """
+        ...
+
+    def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
+        """What this model passes to its decoder a column besides embeddings, positions and masks, for other columns.
+
+        Args:
+            inputs: the decoder's keyword arguments for a whole prefill.
+            sample: [R] int64, rows of its batch.
+            columns: [R, K] int64 columns of those rows; -1 in padding.
+
+        Returns:
+            The arguments that change, by name; empty for most models.
         """
         ...
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qts_video.adapters.base import Parts
+from qts_video.dropin.layout import Layout, locate_videos
 from qts_video.dropin.question import ChatMarkers, resolve_markers
 
 # The official Qwen2 vocabulary, by which a model without a tokenizer is recognised.
@@ -27,6 +28,9 @@ class Qwen2_5_VL:
     host_inputs = ("video_grid_thw",)
     # Without second_per_grid_ts, get_rope_index spaces the temporal positions as for one second a step.
     default_seconds_per_step = 1.0
+    rope_axes = 3
+    positions_carry_time = True
+    video_encoder = "get_video_features"
 
     def check(self, model: nn.Module) -> None:
         from transformers import Qwen2_5_VLForConditionalGeneration
@@ -40,8 +44,14 @@ class Qwen2_5_VL:
     def parts(self, model: nn.Module) -> Parts:
         return Parts(base=model.model, decoder=model.model.language_model, vision=model.model.visual)
 
+    def projector(self, model: nn.Module) -> nn.Module:
+        return model.model.visual.merger
+
     def video_token_id(self, model: nn.Module) -> int:
         return model.config.video_token_id
+
+    def holds_video(self, model: nn.Module, input_ids: torch.Tensor, tokenizer: Any | None) -> bool:
+        return bool((input_ids == self.video_token_id(model)).any())
 
     def vision_token_ids(self, model: nn.Module) -> tuple[int, ...]:
         return tuple(getattr(model.config, name) for name in _OFFICIAL_IDS)
@@ -53,7 +63,14 @@ class Qwen2_5_VL:
         encoded = inputs.get("mm_encoder_outputs") or {}  # what generate() passes on since transformers 5.18
         return inputs.get("pixel_values_videos") is not None or encoded.get("video") is not None
 
-    def grids(self, model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> list[tuple[int, int, int]]:
+    def locate(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        valid: torch.Tensor,
+        inputs: Mapping[str, Any],
+        tokenizer: Any | None,
+    ) -> Layout:
         grid = inputs.get("video_grid_thw")
         if grid is None:
             raise ValueError(
@@ -61,7 +78,11 @@ class Qwen2_5_VL:
                 "processor to the model's forward or to its generate()"
             )
         merge = model.config.vision_config.spatial_merge_size
-        return [(t, h // merge, w // merge) for t, h, w in grid.tolist()]
+        grids = [(t, h // merge, w // merge) for t, h, w in grid.tolist()]
+        return locate_videos(input_ids, valid, self.video_token_id(model), grids)
+
+    def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
+        return {}
 
     def seconds_per_step(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
         seconds = inputs.get("second_per_grid_ts")

@@ -12,7 +12,7 @@ from qts_video.dropin.checks import check_selection
 from qts_video.dropin.decode import check_continuation, translate_decoder_inputs
 from qts_video.dropin.dropped import forget_if_reset, recall, remember
 from qts_video.dropin.generation import Generation, arguments_by_name, check_generate, read_generation
-from qts_video.dropin.layout import locate_videos, to_host
+from qts_video.dropin.layout import Layout, to_host
 from qts_video.dropin.prefill import Call, Prefill, add_question, pack_videos, shorten_decoder_inputs
 from qts_video.dropin.question import find_question
 from qts_video.dropin.report import Report
@@ -204,7 +204,9 @@ class Attachment:
             valid = host["attention_mask"][:, seen:] != 0
 
         copies = 1 if self._generation is None else self._generation.copies(len(prompt))
-        layout = locate_videos(prompt[::copies], valid[::copies], token, self.adapter.grids(self.model, host))
+        layout = self.adapter.locate(self.model, prompt[::copies], valid[::copies], {**source, **host}, self.tokenizer)
+        if not layout.lengths:
+            return None
         return Call(module, ids[::copies], layout, copies, self.adapter.seconds_per_step(source), past_length)
 
     def _check_cache(self, inputs: dict[str, Any], fed: int) -> int:
@@ -237,7 +239,8 @@ class Attachment:
         masks_are_made = kwargs.get("attention_mask") is not None and not _is_2d(kwargs["attention_mask"])
         past_length = None if masks_are_made else int(cache.get_seq_length())
         inputs = _by_name(module, args, kwargs)
-        return (), translate_decoder_inputs(inputs, dropped, past_length, self._positions_given)
+        axes = self.adapter.rope_axes
+        return (), translate_decoder_inputs(inputs, dropped, past_length, self._positions_given, axes)
 
     def _select(self, call: Call, inputs: dict[str, Any]) -> dict[str, Any]:
         """Run the selector, once, and take what it dropped out of the decoder's ``inputs``."""
@@ -251,27 +254,33 @@ class Attachment:
         if self.selector.needs_question:
             add_question(videos, self._questions(call), self.model.get_input_embeddings())
         videos.context = Prefill(
-            self.model,
-            call.input_ids,
-            embeds,
-            None if positions is None else positions[..., ::copies, :],
-            None if mask is None else mask[::copies],
+            model=self.model,
+            adapter=self.adapter,
+            layout=layout,
+            input_ids=call.input_ids,
+            inputs_embeds=embeds,
+            position_ids=None if positions is None else positions[..., ::copies, :],
+            attention_mask=None if mask is None else mask[::copies],
+            find_question=lambda video: self._question_columns(layout, layout.sample[video]),
+            decoder_inputs=inputs,
+            copies=copies,
         )
         self._selecting = True
         try:
             selection = self.selector.select(videos)
         finally:
             self._selecting = False
-        counts = check_selection(selection, videos, self.selector.name)
-        indices = selection.indices[: sum(counts)]
-        tokens = None if selection.tokens is None else selection.tokens[: sum(counts)]
-        columns = kept_columns(layout, indices, counts)
+        kept = check_selection(selection, videos, layout, self.selector.name)
+        tokens = None if selection.tokens is None else selection.tokens[: len(kept.indices)]
+        columns = kept_columns(layout, kept)
         past = recall(inputs.get("past_key_values"))
-        whole = counts == layout.lengths and tokens is None and past is None and not self.compact
+        whole = kept.counts == layout.lengths and tokens is None and past is None and not self.compact
         if not whole:
             call.columns = columns.repeat(copies)
             tokens = None if tokens is None else tokens.repeat(copies, 1)
-            inputs, call.dropped = shorten_decoder_inputs(inputs, call, call.columns, tokens, past, self.compact)
+            inputs, call.dropped = shorten_decoder_inputs(
+                inputs, call, call.columns, tokens, past, self.compact, self.adapter
+            )
         call.selected = True
         self.prefills += 1
         self._stopwatch.stop("selection", embeds.device)
@@ -279,8 +288,7 @@ class Attachment:
             selector=self.selector.name,
             positions="compact" if self.compact else "original",
             layout=layout,
-            counts=counts,
-            indices=indices,
+            kept=kept,
             scores=selection.scores,
             timestamps=videos.timestamps,
             seconds_from="default" if call.seconds is None else "inputs",
@@ -297,17 +305,21 @@ class Attachment:
             if len(given) not in (1, layout.batch):
                 raise ValueError(f"{len(given)} questions were given for a batch of {layout.batch}")
             return [given[sample if len(given) > 1 else 0] for sample in layout.sample]
+        of_sample = {
+            sample: layout.input_ids[sample][self._question_columns(layout, sample)] for sample in set(layout.sample)
+        }
+        return [of_sample[sample] for sample in layout.sample]
+
+    def _question_columns(self, layout: Layout, sample: int) -> torch.Tensor:
+        """Where the question of a sample is: columns [Lq] int64 on the CPU."""
         if self.markers is None:
             raise ValueError(
                 f"{self.selector.name} needs the question, and the model's vocabulary is not the official one: give "
                 "attach(..., tokenizer=...), or the question with handle.question(...)"
             )
+        columns = layout.valid[sample].nonzero().squeeze(1)
         vision = self.adapter.vision_token_ids(self.model)
-        of_sample = {
-            sample: find_question(layout.input_ids[sample][layout.valid[sample]], self.markers, vision)
-            for sample in set(layout.sample)
-        }
-        return [of_sample[sample] for sample in layout.sample]
+        return columns[find_question(layout.input_ids[sample][columns], self.markers, vision)]
 
     def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         call = self._call
@@ -334,7 +346,9 @@ class Attachment:
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         if self._selecting:
             return self._unhooked_generate(*args, **kwargs)
-        generation = read_generation(self.model, args, kwargs, self.adapter.video_token_id(self.model))
+        generation = read_generation(
+            self.model, args, kwargs, lambda ids: self.adapter.holds_video(self.model, ids, self.tokenizer)
+        )
         check_generate(generation, self.model.generation_config)
         cache = generation.arguments.get("past_key_values")
         fresh = cache is None or int(cache.get_seq_length()) == 0

@@ -1,15 +1,32 @@
 """What a selector returns is checked before anything is dropped by it."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
 from qts_kernels import Selection
+from qts_video.dropin.layout import Layout
+from qts_video.dropin.newlines import kept_newlines
 from qts_video.methods.base import Videos
 
 
-def check_selection(selection: Selection, videos: Videos, name: str) -> list[int]:
-    """The tokens kept of each video, read from the device in the one synchronisation of a prefill's
+@dataclass(frozen=True)
+class Kept:
+    """A checked selection: what stays of the videos of a prefill."""
+
+    indices: torch.Tensor
+    """[N] int64: rows of the packed video axis, without padding."""
+    counts: list[int]
+    """How many of them are of each video."""
+    newlines: torch.Tensor
+    """[sum newlines] bool: which newline tokens stay."""
+    newline_counts: list[int]
+    """How many of them are of each video."""
+
+
+def check_selection(selection: Selection, videos: Videos, layout: Layout, name: str) -> Kept:
+    """What is kept of each video, its counts read from the device in the one synchronisation of a prefill's
     selection.
 
     Rows of ``selection.indices`` behind ``cu_seqlens[-1]`` must be -1.
@@ -34,7 +51,10 @@ def check_selection(selection: Selection, videos: Videos, name: str) -> list[int
             f"{name}: scores must have one entry for each of {len(tokens)} tokens, got {list(scores.shape)}"
         )
 
-    *offsets, in_video, ascending, cut = torch.cat([cu_seqlens.long(), _facts(indices, cu_seqlens, videos)]).tolist()
+    newlines, newline_counts = kept_newlines(layout, indices, videos.cu_seqlens)
+    facts = _facts(indices, cu_seqlens, videos)
+    read = torch.cat([newline_counts, cu_seqlens.long(), facts]).tolist()
+    newline_counts, (*offsets, in_video, ascending, cut) = read[:number], read[number:]
     counts = [end - start for start, end in pairwise(offsets)]
     if offsets[0] != 0 or min(counts) < 0 or offsets[-1] > len(indices):
         raise ValueError(f"{name}: cu_seqlens must rise from 0 to at most {len(indices)} = len(indices), got {offsets}")
@@ -48,7 +68,7 @@ def check_selection(selection: Selection, videos: Videos, name: str) -> list[int
         )
     if offsets[-1] == 0:
         raise ValueError(f"{name}: selected none of {len(tokens)} video tokens")
-    return counts
+    return Kept(indices[: offsets[-1]], counts, newlines, newline_counts)
 
 
 def _facts(indices: torch.Tensor, cu_seqlens: torch.Tensor, videos: Videos) -> torch.Tensor:

@@ -44,7 +44,7 @@ def check_continuation(
 
 
 def translate_decoder_inputs(
-    inputs: dict[str, Any], dropped: Dropped, past_length: int | None, positions_given: bool
+    inputs: dict[str, Any], dropped: Dropped, past_length: int | None, positions_given: bool, rope_axes: int
 ) -> dict[str, Any]:
     """The decoder's keyword arguments for a shortened cache.
 
@@ -55,6 +55,7 @@ def translate_decoder_inputs(
             in generate()).
         positions_given: whether the position ids come from the caller, who counts dropped tokens; else they
             are made here.
+        rope_axes: of the positions: 1, or 3 (time, height, width).
     """
     embeds = inputs["inputs_embeds"]
     batch, fed, _ = embeds.shape
@@ -76,5 +77,6 @@ def translate_decoder_inputs(
             torch.ones(batch, later, dtype=torch.int64, device=embeds.device) if mask is None else mask[:, -later:]
         )
         rank = (counted.long().cumsum(1) - 1)[:, -fed:].clamp(min=0)
-        translated["position_ids"] = (dropped.next_position.unsqueeze(1) + rank).expand(3, -1, -1)
+        following = dropped.next_position.unsqueeze(1) + rank
+        translated["position_ids"] = following if rope_axes == 1 else following.expand(rope_axes, -1, -1)
     return translated

@@ -28,7 +28,7 @@ class Generation:
     input_ids: torch.Tensor | None
     """[B, L], before samples are repeated for beams or several sequences."""
     has_video: bool
-    """Whether ``input_ids`` hold video placeholders."""
+    """Whether ``input_ids`` hold a video."""
 
     def copies(self, batch: int) -> int:
         """How often every sample is repeated in a ``batch`` that the model is given."""
@@ -38,14 +38,16 @@ class Generation:
         return batch // samples
 
 
-def read_generation(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], video_token_id: int) -> Generation:
+def read_generation(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], holds_video: Callable[[torch.Tensor], bool]
+) -> Generation:
     """What ``model.generate(*args, **kwargs)`` was called with."""
     arguments = arguments_by_name(type(model).generate, model, args, kwargs)
     ids = arguments.get("input_ids")
     ids = arguments.get("inputs") if ids is None else ids
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
         ids = None
-    return Generation(arguments, ids, has_video=ids is not None and bool((ids == video_token_id).any()))
+    return Generation(arguments, ids, has_video=ids is not None and holds_video(ids))
 
 
 def check_generate(generation: Generation, default_config: Any) -> None:

@@ -1,12 +1,14 @@
 """One prefill with videos: what the selector is given, and what the decoder is given instead of the whole
 prompt."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from qts_video.adapters.base import Adapter
 from qts_video.dropin.dropped import Dropped
 from qts_video.dropin.layout import Layout
 from qts_video.dropin.shorten import Columns
@@ -23,6 +25,10 @@ class Prefill:
 
     model: nn.Module
     """The model that the selector is attached to."""
+    adapter: Adapter
+    """What is known of it."""
+    layout: Layout
+    """Where the videos are."""
     input_ids: torch.Tensor
     """[B, L] int64"""
     inputs_embeds: torch.Tensor
@@ -32,6 +38,33 @@ class Prefill:
     int64."""
     attention_mask: torch.Tensor | None
     """[B, P + L], P the length of the cache as the caller counts it; None where nothing is padded."""
+    find_question: Callable[[int], torch.Tensor]
+    """Of a video, the columns [Lq] int64 on the CPU of the question in its sample: the text of the last user turn.
+    Raises ValueError where it can't be found."""
+    decoder_inputs: Mapping[str, Any]
+    """Everything that the model passes to its decoder, for B * ``copies`` samples."""
+    copies: int = 1
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The language model without its head."""
+        return self.adapter.parts(self.model).decoder
+
+    def take(self, sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
+        """Inputs of the decoder for prompts made of columns of this one, without positions, mask and cache.
+
+        Args:
+            sample: [R] int64, the sample of each prompt.
+            columns: [R, K] int64, its columns; -1 is padding (and repeats column 0). Both on the model's device.
+
+        Returns:
+            ``inputs_embeds`` [R, K, D], and what else this model's decoder takes a column.
+        """
+        batch, length, width = self.inputs_embeds.shape
+        rows = sample.unsqueeze(1) * length + columns.clamp(min=0)
+        embeds = self.inputs_embeds.reshape(batch * length, width).index_select(0, rows.flatten())
+        extras = self.adapter.gather_extras(self.decoder_inputs, sample * self.copies, columns)
+        return {"inputs_embeds": embeds.view(*columns.shape, width), **extras}
 
 
 @dataclass
@@ -86,6 +119,7 @@ def pack_videos(call: Call, inputs_embeds: torch.Tensor, default_seconds: float)
         grids=layout.grids,
         timestamps=video_timestamps(layout, call.seconds, default_seconds, device),
         sample=layout.sample,
+        newline_spans=layout.newline_spans,
     )
 
 
@@ -111,6 +145,7 @@ def shorten_decoder_inputs(
     tokens: torch.Tensor | None,
     past: Dropped | None,
     compact: bool,
+    adapter: Adapter,
 ) -> tuple[dict[str, Any], Dropped]:
     """The decoder's keyword arguments with the dropped columns taken out, and what the cache must remember.
 
@@ -121,15 +156,22 @@ def shorten_decoder_inputs(
         tokens: [N, D] re-encoded rows that take the place of the kept ones, or None.
         past: what was dropped from the cache before.
         compact: give every sample consecutive positions instead of those its tokens had.
+        adapter: of the model.
     """
     embeds = columns.gather_tokens(inputs["inputs_embeds"])
     if tokens is not None:
         embeds = embeds.flatten(0, 1).index_copy(0, columns.kept_rows, tokens).view_as(embeds)
     mask = _cache_mask(inputs.get("attention_mask"), call, columns, past)
     valid = call.layout.valid.repeat_interleave(call.copies, 0).to(embeds.device)
-    positions, next_position, shift = _positions(inputs["position_ids"], valid, columns, call, past, compact)
+    positions = inputs.get("position_ids")
+    if positions is None:  # a decoder counts by itself, from the slots of its cache
+        seen = call.past_length + (past.removed if past else 0)
+        positions = torch.arange(seen, seen + call.layout.columns, device=embeds.device).unsqueeze(0)
+    positions, next_position, shift = _positions(positions, valid, columns, call, past, compact)
 
-    shortened = {**inputs, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}
+    sample = torch.arange(len(embeds), device=embeds.device)
+    extras = adapter.gather_extras(inputs, sample, columns.source)
+    shortened = {**inputs, **extras, "inputs_embeds": embeds, "position_ids": positions, "attention_mask": mask}
     if inputs.get("cache_position") is not None:
         shortened["cache_position"] = torch.arange(call.past_length, mask.shape[1], device=embeds.device)
     dropped = Dropped(

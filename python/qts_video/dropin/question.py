@@ -43,7 +43,7 @@ def resolve_markers(tokenizer: Any, *, turn_start: str, user: str, newline: str,
 
 
 def find_question(ids: torch.Tensor, markers: ChatMarkers, vision_ids: Sequence[int]) -> torch.Tensor:
-    """The token ids of the last user turn's text.
+    """Where the last user turn's text is.
 
     Args:
         ids: [L] int64 on the CPU, one sample's prompt without its padding.
@@ -51,8 +51,8 @@ def find_question(ids: torch.Tensor, markers: ChatMarkers, vision_ids: Sequence[
         vision_ids: ids that are never text: placeholders, and the tokens around an image or a video.
 
     Returns:
-        [Lq] int64: the text before and after the vision spans of that turn, without the template's own
-        tokens.
+        [Lq] int64: the columns of the text before and after the vision spans of that turn, without the
+        template's own tokens.
 
     Raises:
         ValueError: there is no user turn, or it holds no text.
@@ -64,16 +64,17 @@ def find_question(ids: torch.Tensor, markers: ChatMarkers, vision_ids: Sequence[
             "no user turn in input_ids: the question is the text of the last user turn, so the prompt must come "
             "from the model's chat template; else give it with handle.question(...)"
         )
-    turn = ids[int(turns[-1]) + len(header) :]
+    start = int(turns[-1]) + len(header)
+    turn = ids[start:]
     ends = (turn == markers.turn_end).nonzero()
     turn = turn[: int(ends[0])] if len(ends) else turn
     newline = torch.tensor(markers.newline, dtype=ids.dtype)
     if len(newline) and torch.equal(turn[: len(newline)], newline):
-        turn = turn[len(newline) :]
-    text = turn[~torch.isin(turn, torch.tensor(vision_ids))]
+        start, turn = start + len(newline), turn[len(newline) :]
+    text = (~torch.isin(turn, torch.tensor(vision_ids))).nonzero().squeeze(1)
     if len(text) == 0:
         raise ValueError("the last user turn in input_ids holds no text; give the question with handle.question(...)")
-    return text
+    return start + text
 
 
 def read_question(given: GivenQuestion, tokenizer: Any | None) -> list[torch.Tensor]:

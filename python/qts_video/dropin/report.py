@@ -5,6 +5,7 @@ from functools import cached_property
 
 import torch
 
+from qts_video.dropin.checks import Kept
 from qts_video.dropin.layout import Layout
 from qts_video.dropin.stopwatch import Stopwatch
 
@@ -32,16 +33,20 @@ class VideoReport:
     """[T] float32: time of each step of the temporal grid."""
     scores: torch.Tensor | None
     """[T*H*W] float32: relevance of every token, kept or not. None: the method has no scores."""
+    newlines: int = 0
+    """Newline tokens of the video before selection: not in ``indices``, but in ``total``."""
+    kept_newlines: int = 0
+    """Newline tokens that stayed with their tokens: not in ``indices``, but in ``kept``."""
 
     @property
     def total(self) -> int:
-        """Tokens before selection."""
-        return self.grid[0] * self.grid[1] * self.grid[2]
+        """Tokens before selection, newlines among them."""
+        return self.grid[0] * self.grid[1] * self.grid[2] + self.newlines
 
     @property
     def kept(self) -> int:
-        """Tokens after selection."""
-        return len(self.indices)
+        """Tokens after selection, newlines among them."""
+        return len(self.indices) + self.kept_newlines
 
     @property
     def retention_ratio(self) -> float:
@@ -58,8 +63,7 @@ class Report:
         selector: str,
         positions: str,
         layout: Layout,
-        counts: list[int],
-        indices: torch.Tensor,
+        kept: Kept,
         scores: torch.Tensor | None,
         timestamps: torch.Tensor,
         seconds_from: str,
@@ -73,7 +77,7 @@ class Report:
         self.seconds_from = seconds_from
         """"inputs": the call said how long a step of the temporal grid is; "default": the model's own
         assumption was taken."""
-        self._layout, self._counts, self._indices = layout, counts, indices
+        self._layout, self._kept = layout, kept
         self._timestamps = timestamps.detach()
         self._scores = None if scores is None else scores.detach().reshape(-1)
         self._columns = columns
@@ -81,13 +85,13 @@ class Report:
 
     @property
     def total(self) -> int:
-        """Video tokens before selection, of all videos."""
-        return sum(self._layout.lengths)
+        """Video tokens before selection, of all videos, newlines among them."""
+        return sum(self._layout.lengths) + sum(self._layout.newlines)
 
     @property
     def kept(self) -> int:
-        """Video tokens after selection, of all videos."""
-        return sum(self._counts)
+        """Video tokens after selection, of all videos, newlines among them."""
+        return sum(self._kept.counts) + sum(self._kept.newline_counts)
 
     @property
     def retention_ratio(self) -> float:
@@ -111,10 +115,13 @@ class Report:
     @cached_property
     def videos(self) -> list[VideoReport]:
         """One report a video, in the order of the placeholders."""
-        indices, seconds = self._indices.cpu(), self._timestamps.float().cpu()
+        indices, seconds = self._kept.indices.cpu(), self._timestamps.float().cpu()
         scores = None if self._scores is None else self._scores.float().cpu()
-        reports, first, start = [], 0, 0
-        for sample, grid, count in zip(self._layout.sample, self._layout.grids, self._counts, strict=True):
+        layout, reports, first, start = self._layout, [], 0, 0
+        newlines = zip(layout.newlines, self._kept.newline_counts, strict=True)
+        for sample, grid, count, (before, after) in zip(
+            layout.sample, layout.grids, self._kept.counts, newlines, strict=True
+        ):
             frames, rows, columns = grid
             total = frames * rows * columns
             kept = indices[first : first + count] - start
@@ -130,6 +137,8 @@ class Report:
                     seconds=seconds[of_video][kept],
                     frame_seconds=seconds[of_video][:: rows * columns],
                     scores=None if scores is None else scores[of_video],
+                    newlines=before,
+                    kept_newlines=after,
                 )
             )
             first, start = first + count, start + total

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qts_video.dropin.checks import Kept
 from qts_video.dropin.layout import Layout
 
 
@@ -49,29 +50,25 @@ class Columns:
         return tokens.reshape(batch * length, width).index_select(0, rows).view(batch, -1, width)
 
 
-def kept_columns(layout: Layout, indices: torch.Tensor, counts: list[int]) -> Columns:
-    """The columns that stay: all text and images, and the selected video tokens, padded to the longest
-    sample.
-
-    Args:
-        layout: of the prefill.
-        indices: [N] int64 on the model's device, ascending: the selected rows of the packed video axis.
-        counts: of each video, how many of them are its own.
+def kept_columns(layout: Layout, kept: Kept) -> Columns:
+    """The columns that stay: all text and images, the selected video tokens and their newlines, padded to the
+    longest sample.
 
     Samples end together where they did before (left padding), else they start together.
     """
-    batch, length, device = layout.batch, layout.columns, indices.device
+    batch, length, device = layout.batch, layout.columns, kept.indices.device
     keep = layout.valid.clone()
-    keep.view(-1)[layout.rows] = False
+    keep.view(-1)[torch.cat([layout.rows, layout.newline_rows])] = False
     total = keep.sum(1)
-    total.index_add_(0, torch.tensor(layout.sample), torch.tensor(counts))
+    total.index_add_(0, torch.tensor(layout.sample), torch.tensor(kept.counts) + torch.tensor(kept.newline_counts))
     longest = int(total.max())
     left = bool(layout.valid[:, -1].all())
 
     # From here on the device: which column goes where, without ever reading the indices back.
     keep = keep.to(device)
-    selected = layout.rows.to(device).index_select(0, indices)
+    selected = layout.rows.to(device).index_select(0, kept.indices)
     keep.view(-1).index_fill_(0, selected, True)
+    keep.view(-1).index_copy_(0, layout.newline_rows.to(device), kept.newlines)
     place = keep.cumsum(1) - 1
     if left:
         place += (longest - total).to(device).unsqueeze(1)

@@ -25,6 +25,9 @@ class Videos:
     """[sum M] float32, seconds from the start of the video."""
     sample: list[int]
     """The batch row that each video belongs to."""
+    newline_spans: list[int] = field(default_factory=list)
+    """Of each video, how many successive tokens share a newline token behind them, which is not in ``tokens`` and
+    stays where one of them does; 0 where it has no newlines. Empty where no video has."""
     question: torch.Tensor | None = None
     """[sum L, D] embedding rows of the question text, packed, one segment a *video* (repeated where a sample
     has several). None unless the selector's ``needs_question`` is true."""

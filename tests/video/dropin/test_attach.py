@@ -8,7 +8,8 @@ import torch
 import transformers
 from qts_video.dropin.versions import check_version
 from qts_video.methods import Uniform
-from tiny_qwen import Keep, Video, every, inputs, keep_all, prompt, user
+from tiny import Keep, Video, every, keep_all, prompt, user
+from tiny_qwen import inputs
 
 BATCH = inputs(prompt(user([40], Video(4), [30, 31, 32])))
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from qts_video import attach
 from qts_video.methods import QTSplus
-from tiny_qwen import Video, inputs, prompt, user
+from tiny import Video, prompt, user
+from tiny_qwen import inputs
 
 QUESTION = torch.arange(20, 25)
 

@@ -5,19 +5,8 @@ import qts_video
 import torch
 import transformers
 from qts_video.methods import Uniform
-from tiny_qwen import (
-    ANSWER,
-    Image,
-    Keep,
-    Oracle,
-    Video,
-    every,
-    inputs,
-    keep_all,
-    keep_mask,
-    prompt,
-    user,
-)
+from tiny import ANSWER, Image, Keep, Oracle, Video, every, keep_all, keep_mask, prompt, user
+from tiny_qwen import inputs
 from transformers import DynamicCache, StaticCache
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -81,7 +70,7 @@ def test_every_mode_equals_the_masked_full_sequence(model, mode, positions, reen
     ]
     assert call.context.input_ids.shape == batch["input_ids"].shape
     assert call.context.inputs_embeds.shape[:2] == call.context.position_ids.shape[1:] == batch["input_ids"].shape
-    keep = keep_mask(batch, selector.kept)
+    keep = keep_mask(model, batch, selector.kept)
     torch.manual_seed(3)
     replaced = 1 - 3 * call.tokens[selector.kept] if reencoded else None
     theirs = masked_generate(model, batch, keep, positions == "compact", replaced, **options)
@@ -169,7 +158,7 @@ def test_decoding_by_hand_with_forward(model, positions, cache, masked):
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             output = model(input_ids=tokens[-1][:, None], past_key_values=past, attention_mask=mask if masked else None)
             tokens.append(output.logits[:, -1].argmax(-1))
-    keep = keep_mask(batch, selector.kept)
+    keep = keep_mask(model, batch, selector.kept)
     wanted, _ = Oracle(model, batch, keep, compact=positions == "compact").greedy(4)
     assert torch.equal(torch.stack(tokens, 1), wanted)
 
@@ -219,7 +208,7 @@ def test_a_second_turn_with_the_new_ids_alone(model, positions):
     whole = inputs(SAMPLES[0]) | {"input_ids": full, "attention_mask": torch.ones_like(full)}
     if "mm_token_type_ids" in whole:
         whole["mm_token_type_ids"] = (full == 501).long() * 2
-    keep = keep_mask(whole, selector.kept)
+    keep = keep_mask(model, whole, selector.kept)
     wanted, _ = Oracle(model, whole, keep, compact=positions == "compact").greedy(4)
     assert torch.equal(second[:, new.shape[1] :], wanted)
     assert len(selector.calls) == 1
@@ -276,7 +265,7 @@ def test_a_video_after_a_cached_prefix(model, positions):
             output = model(**rest, position_ids=oracle.positions[:, :, cut:], past_key_values=cache)
             token = output.logits[:, -1].argmax(-1)
             second = model(input_ids=token[:, None], past_key_values=cache).logits
-        keep = keep_mask(batch, selector.kept)
+        keep = keep_mask(model, batch, selector.kept)
         wanted = Oracle(model, batch, keep, compact=positions == "compact")
     torch.testing.assert_close(output.logits, wanted.logits()[keep][None, cut:], rtol=0, atol=1e-10)
     tokens, logits = wanted.greedy(2)
@@ -347,7 +336,7 @@ def test_a_second_video_on_a_shortened_cache(model, positions, masked):
         token = output.logits[:, -1].argmax(-1)
         where = oracle.next.view(1, 1, 1).expand(3, 1, 1)
         step = model(input_ids=token[:, None], position_ids=where, past_key_values=cache).logits
-    keep = keep_mask(whole, torch.cat(kept))
+    keep = keep_mask(model, whole, torch.cat(kept))
     wanted = Oracle(model, whole, keep, compact=positions == "compact")
     ours, theirs = output.logits[0], wanted.logits()[0, cut:][keep[0, cut:]]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)

@@ -5,7 +5,8 @@ import qts_video
 import torch
 from qts_video.methods import Random, Selector, Uniform
 from qts_video.methods.base import Videos, resolve_budget
-from tiny_qwen import Keep, Video, inputs, prompt, user
+from tiny import Keep, Video, prompt, user
+from tiny_qwen import inputs
 
 from qts_kernels import Selection
 

@@ -7,7 +7,7 @@ import qts_video
 import torch
 from qts_video.adapters import ADAPTERS
 from qts_video.dropin.question import ChatMarkers, find_question, read_question, resolve_markers
-from tiny_qwen import (
+from tiny import (
     ASSISTANT,
     IM_END,
     IM_START,
@@ -21,10 +21,10 @@ from tiny_qwen import (
     Video,
     assistant,
     every,
-    inputs,
     prompt,
     user,
 )
+from tiny_qwen import inputs
 
 
 class Tokenizer:
@@ -195,7 +195,7 @@ def test_markers_of_the_official_vocabulary_without_a_tokenizer():
     ids = torch.tensor(
         [151644, 8948, 198, 5, 151645, 198, 151644, 872, 198, 151652, 151656, 151653, 3838, 30, 151645, 198]
     )
-    assert find_question(ids, markers, ADAPTERS["qwen2_5_vl"].vision_token_ids(Model)).tolist() == [3838, 30]
+    assert ids[find_question(ids, markers, ADAPTERS["qwen2_5_vl"].vision_token_ids(Model))].tolist() == [3838, 30]
     Model.config.video_token_id = 5
     assert ADAPTERS["qwen2_5_vl"].chat_markers(Model, None) is None
 
@@ -207,13 +207,13 @@ def test_markers_where_the_vocabulary_merges_the_role_with_the_newline():
 
     markers = resolve_markers(Merging(), turn_start="<|im_start|>", user="user", newline="\n", turn_end="<|im_end|>")
     assert (markers.user, markers.newline) == ((77,), ())
-    assert find_question(torch.tensor([IM_START, 77, 5, IM_END]), markers, ()).tolist() == [5]
+    assert find_question(torch.tensor([IM_START, 77, 5, IM_END]), markers, ()).tolist() == [2]
 
 
 def test_a_turn_start_in_the_last_columns_is_no_match():
     markers = ChatMarkers(IM_START, (USER,), (NEWLINE,), IM_END)
     ids = torch.tensor([IM_START, USER, NEWLINE, VISION_START, VISION_END, 5, IM_END, IM_START])
-    assert find_question(ids, markers, (VISION_START, VISION_END)).tolist() == [5]
+    assert ids[find_question(ids, markers, (VISION_START, VISION_END))].tolist() == [5]
     with pytest.raises(ValueError, match="no user turn"):
         find_question(torch.tensor([IM_START]), markers, ())
 

@@ -4,7 +4,8 @@ import pytest
 import qts_video
 import torch
 from qts_video.methods import Uniform
-from tiny_qwen import Image, Keep, Video, every, inputs, keep_all, prompt, user
+from tiny import Image, Keep, Video, every, keep_all, prompt, user
+from tiny_qwen import inputs
 
 BATCH = inputs(
     prompt(user(Image(), Video(4, 2, 3, seconds=0.5), [30], Video(2, 3, 2, seconds=2.5), [31])),

@@ -3,7 +3,8 @@
 import pytest
 import qts_video
 import torch
-from tiny_qwen import HIDDEN, Keep, Video, every, inputs, keep_all, prompt, user
+from tiny import HIDDEN, Keep, Video, every, keep_all, prompt, user
+from tiny_qwen import inputs
 
 from qts_kernels import Selection
 

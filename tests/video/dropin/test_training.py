@@ -3,7 +3,8 @@
 import pytest
 import qts_video
 import torch
-from tiny_qwen import HIDDEN, Image, Keep, Oracle, Video, build_model, every, inputs, keep_all, keep_mask, prompt, user
+from tiny import HIDDEN, Image, Keep, Oracle, Video, every, keep_all, keep_mask, prompt, user
+from tiny_qwen import build_model, inputs
 
 from qts_kernels import Selection
 
@@ -43,7 +44,7 @@ def test_the_loss_is_that_of_the_kept_columns(model, side, items):
         output = model(**batch, **options)
         as_tuple = model(**batch, **options, return_dict=False)
     with torch.no_grad():
-        wanted = oracle_loss(model, batch, keep_mask(batch, selector.kept), items)
+        wanted = oracle_loss(model, batch, keep_mask(model, batch, selector.kept), items)
     torch.testing.assert_close(output.loss, wanted, rtol=1e-6, atol=0)
     assert output["loss"] is output.loss  # what Trainer reads
     assert output[0] is output.loss
@@ -123,7 +124,7 @@ def test_gradients_reach_the_model_the_vision_tower_and_the_selector(trained, ch
     embeds = captured["inputs_embeds"]
     question = trained.get_input_embeddings()(torch.tensor([30, 31])).repeat(3, 1).mean(0)
     replaced = selector.mix(embeds[video][selector.kept]) + question
-    keep = keep_mask(batch, selector.kept)
+    keep = keep_mask(trained, batch, selector.kept)
     embeds = embeds.masked_scatter((keep & video)[..., None].expand_as(embeds), replaced)
     hidden = trained.model.language_model(
         inputs_embeds=embeds, position_ids=captured["position_ids"], attention_mask=keep.long(), use_cache=False

@@ -5,7 +5,8 @@ import qts_video
 import torch
 import transformers
 from qts_video.attach import Prefill
-from tiny_qwen import HIDDEN, Image, Keep, Oracle, Video, build_model, every, inputs, keep_mask, prompt, rows, user
+from tiny import HIDDEN, Image, Keep, Oracle, Video, every, keep_mask, prompt, rows, user
+from tiny_qwen import build_model, inputs
 from transformers import DynamicCache
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -29,7 +30,7 @@ def test_gapped_positions_without_a_mask_are_not_read_as_packed(model, use_cache
         batch["position_ids"] = where if rank == 3 else torch.cat([text, where])
     with qts_video.attach(model, selector, positions=positions), torch.no_grad():
         logits = model(**batch, use_cache=use_cache).logits
-    keep = keep_mask(BATCH, selector.kept)
+    keep = keep_mask(model, BATCH, selector.kept)
     wanted = Oracle(model, BATCH, keep, compact=positions == "compact").logits()[keep][None]
     torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-10)
 
@@ -58,7 +59,7 @@ def test_flat_position_ids(model):
     where = torch.arange(BATCH["input_ids"].shape[1])[None]
     with qts_video.attach(model, selector), torch.no_grad():
         logits = model(**BATCH, position_ids=where).logits
-    keep = keep_mask(BATCH, selector.kept)
+    keep = keep_mask(model, BATCH, selector.kept)
     oracle = Oracle(model, BATCH, keep)
     oracle.positions = where.expand(3, 1, -1)
     torch.testing.assert_close(logits, oracle.logits()[keep][None], rtol=0, atol=1e-10)
@@ -285,7 +286,7 @@ def test_hidden_states_and_attentions_have_the_shortened_length(attn):
     batch = UNEQUAL if attn == "sdpa" else BATCH
     with qts_video.attach(model, selector), torch.no_grad():
         output = model(**batch, output_hidden_states=True, output_attentions=attn == "eager")
-    keep = keep_mask(batch, selector.kept)
+    keep = keep_mask(model, batch, selector.kept)
     length = int(keep.sum(1).max())
     assert all(hidden.shape[1] == length for hidden in output.hidden_states)
     if attn == "eager":

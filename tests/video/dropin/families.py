@@ -1,0 +1,5 @@
+"""Every model that a selector can be attached to, as the tests know it."""
+
+import tiny_qwen
+
+FAMILIES = {family.name: family for family in (tiny_qwen.FAMILY,)}
