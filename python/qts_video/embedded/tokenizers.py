@@ -1,0 +1,71 @@
+"""Tokenizers of a few hundred tokens that split, join and mark text as those of the real models do."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+"""Qwen's special tokens that open and close the turns of a chat."""
+
+# What the vocabulary is learnt from: enough for a question about shapes to be words and not bytes.
+_CORPUS = """
+system user assistant You are a helpful assistant. What happens in the video? Describe the video.
+Which colour is the shape that moves? Where does the red circle go? When does the blue square appear?
+How many shapes are there? Is the green triangle left or right of the yellow star?
+The circle moves from left to right. A red, orange, yellow, green, blue, purple, white, black, grey shape:
+circle, square, triangle, star, ring, cross. It moves up, down, left, right, slowly, fast, behind, before, after,
+first, last, then, at the top, at the bottom. It starts at second zero and stops after ten seconds. Yes. No.
+There is one, two, three, four, five, six, seven, eight.
+"""
+
+# Qwen's split: contractions, words with the space before them, single digits, punctuation, line ends, spaces.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def qwen(vision_tokens: Sequence[str], named: dict[str, str] | None = None) -> Any:
+    """A byte-level ``Qwen2Tokenizer`` with Qwen's split and chat markers.
+
+    Args:
+        vision_tokens: special tokens besides those of ``CHATML``.
+        named: special tokens that the tokenizer is to give by name: ``tokenizer.<name>`` and ``<name>_id``.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator([_CORPUS], trainer)
+    tokenizer.add_special_tokens([*CHATML, *vision_tokens])
+    return _load(
+        tokenizer,
+        tokenizer_class="Qwen2Tokenizer",
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        unk_token=None,
+        extra_special_tokens=named or {},
+    )
+
+
+def _load(tokenizer: Tokenizer, **config: Any) -> Any:
+    """The tokenizer of transformers around ``tokenizer``: through files, the one way in that every version shares."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(str(Path(folder) / "tokenizer.json"))
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 32768}))
+        return AutoTokenizer.from_pretrained(folder)
