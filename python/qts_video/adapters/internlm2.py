@@ -26,7 +26,7 @@ def split_wqkv(
         dim: the axis that is split.
 
     Returns:
-        q, k, v: like ``fused``, with Hq * Dh, Hk * Dh and Hk * Dh entries along ``dim``, head after head. Differentiable.
+        q, k, v: like ``fused``, with Hq * Dh, Hk * Dh and Hk * Dh entries along ``dim``, head after head.
 
     Raises:
         ValueError: another number of entries along ``dim``.
