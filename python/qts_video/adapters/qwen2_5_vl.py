@@ -18,7 +18,7 @@ _OFFICIAL_IDS = {
     "image_token_id": 151655,
     "video_token_id": 151656,
 }
-_OFFICIAL_MARKERS = ChatMarkers(turn_start=151644, user=(872,), newline=(198,), turn_end=151645)
+_OFFICIAL_MARKERS = ChatMarkers(opening=((151644, 872, 198), (151644, 872)), closing=((151645,),))
 
 
 class Qwen2_5_VL:

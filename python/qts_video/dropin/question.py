@@ -13,18 +13,24 @@ GivenQuestion = str | Sequence[int] | torch.Tensor | Sequence[str] | Sequence[Se
 class ChatMarkers:
     """How a chat template marks a user's turn, in token ids."""
 
-    turn_start: int
-    """Opens every turn."""
-    user: tuple[int, ...]
-    """Follows ``turn_start`` where the turn is the user's."""
-    newline: tuple[int, ...]
-    """Between ``user`` and the text of the turn."""
-    turn_end: int
-    """Closes every turn."""
+    opening: tuple[tuple[int, ...], ...]
+    """What opens a user's turn: a sequence for each way to write it."""
+    closing: tuple[tuple[int, ...], ...]
+    """What ends it, likewise."""
+    blanks: tuple[int, ...] = ()
+    """Tokens of white space alone, which the template puts between its own tokens and the text."""
 
 
-def resolve_markers(tokenizer: Any, *, turn_start: str, user: str, newline: str, turn_end: str) -> ChatMarkers:
-    """The ids of a chat template's markers in ``tokenizer``'s vocabulary.
+def resolve_markers(
+    tokenizer: Any, *, turn_start: str, user: str, newline: str, turn_end: str, blanks: Sequence[str] = ()
+) -> ChatMarkers:
+    """The ids of a ChatML template's markers in ``tokenizer``'s vocabulary.
+
+    Args:
+        tokenizer: of the model.
+        turn_start, turn_end: tokens that open and close every turn.
+        user, newline: text behind ``turn_start`` where the turn is the user's; the newline may be missing.
+        blanks: white space that the template puts around the text of a turn.
 
     Raises ValueError where the tokenizer does not know a marker as one token.
     """
@@ -35,11 +41,28 @@ def resolve_markers(tokenizer: Any, *, turn_start: str, user: str, newline: str,
             raise ValueError(f"the tokenizer has no chat marker {marker!r}: is it this model's tokenizer?")
         return token_id
 
-    role = tuple(_encode(tokenizer, user))
-    header = tuple(_encode(tokenizer, user + newline))
-    if header[: len(role)] != role:  # a vocabulary that merges the role with the newline
-        role = header
-    return ChatMarkers(special(turn_start), role, header[len(role) :], special(turn_end))
+    start, end = special(turn_start), special(turn_end)
+    opening = []
+    for role in (user + newline, user):
+        ids = _encode(tokenizer, turn_start + role)
+        opening.append(tuple(ids[ids.index(start) :]))
+    return ChatMarkers(tuple(opening), ((end,),), _blanks(tokenizer, blanks))
+
+
+def resolve_text_markers(
+    tokenizer: Any, *, opening: Sequence[str], closing: Sequence[str], blanks: Sequence[str] = ()
+) -> ChatMarkers:
+    """The same for a template whose markers are plain text, such as Vicuna's ``USER:`` and ``ASSISTANT:``, of any number
+    of tokens.
+
+    Args:
+        tokenizer: of the model.
+        opening: the texts that open a user's turn.
+        closing: the texts that end it.
+        blanks: white space that the template puts around the text of a turn.
+    """
+    opened, closed = ([ids for text in texts for ids in _spellings(tokenizer, text)] for texts in (opening, closing))
+    return ChatMarkers(tuple(opened), tuple(closed), _blanks(tokenizer, blanks))
 
 
 def find_question(ids: torch.Tensor, markers: ChatMarkers, vision_ids: Sequence[int]) -> torch.Tensor:
@@ -57,24 +80,29 @@ def find_question(ids: torch.Tensor, markers: ChatMarkers, vision_ids: Sequence[
     Raises:
         ValueError: there is no user turn, or it holds no text.
     """
-    header = torch.tensor((markers.turn_start, *markers.user))
-    turns = _occurrences(ids, header)
-    if len(turns) == 0:
+    openings = [(int(found[-1]), len(text)) for text in markers.opening if len(found := _occurrences(ids, text))]
+    if not openings:
         raise ValueError(
             "no user turn in input_ids: the question is the text of the last user turn, so the prompt must come "
             "from the model's chat template; else give it with handle.question(...)"
         )
-    start = int(turns[-1]) + len(header)
+    start = sum(max(openings))  # the last one, as long as it can be read
     turn = ids[start:]
-    ends = (turn == markers.turn_end).nonzero()
-    turn = turn[: int(ends[0])] if len(ends) else turn
-    newline = torch.tensor(markers.newline, dtype=ids.dtype)
-    if len(newline) and torch.equal(turn[: len(newline)], newline):
-        start, turn = start + len(newline), turn[len(newline) :]
+    ends = [int(found[0]) for text in markers.closing if len(found := _occurrences(turn, text))]
+    turn = turn[: min(ends, default=len(turn))]
     text = (~torch.isin(turn, torch.tensor(vision_ids))).nonzero().squeeze(1)
+    stretches = text.tensor_split((text.diff() > 1).nonzero().squeeze(1) + 1)
+    blanks = torch.tensor(markers.blanks, dtype=ids.dtype)
+    text = torch.cat([_strip(stretch, torch.isin(turn[stretch], blanks)) for stretch in stretches])
     if len(text) == 0:
         raise ValueError("the last user turn in input_ids holds no text; give the question with handle.question(...)")
     return start + text
+
+
+def _strip(columns: torch.Tensor, blank: torch.Tensor) -> torch.Tensor:
+    """``columns`` [n] without those at its two ends that are ``blank`` [n] bool."""
+    words = (~blank).nonzero().squeeze(1)
+    return columns[int(words[0]) : int(words[-1]) + 1] if len(words) else columns[:0]
 
 
 def read_question(given: GivenQuestion, tokenizer: Any | None) -> list[torch.Tensor]:
@@ -120,8 +148,23 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _occurrences(ids: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
+def _blanks(tokenizer: Any, texts: Sequence[str]) -> tuple[int, ...]:
+    return tuple(sorted({token_id for text in texts for token_id in _encode(tokenizer, text)}))
+
+
+def _spellings(tokenizer: Any, text: str) -> set[tuple[int, ...]]:
+    """The ids of ``text`` at the start of a prompt, behind a space and behind a line break: many vocabularies merge a
+    space with what follows."""
+    spellings = {tuple(_encode(tokenizer, text))}
+    for before, space in (("a", " "), ("a\n", "")):
+        head, whole = _encode(tokenizer, before), _encode(tokenizer, before + space + text)
+        if whole[: len(head)] == head:
+            spellings.add(tuple(whole[len(head) :]))
+    return spellings
+
+
+def _occurrences(ids: torch.Tensor, pattern: Sequence[int]) -> torch.Tensor:
     """Where ``pattern`` [K] starts in ``ids`` [L]: [n] int64, ascending."""
     if len(ids) < len(pattern):
         return ids.new_empty(0)
-    return (ids.unfold(0, len(pattern), 1) == pattern).all(-1).nonzero().squeeze(1)
+    return (ids.unfold(0, len(pattern), 1) == torch.tensor(pattern)).all(-1).nonzero().squeeze(1)

@@ -1,5 +1,6 @@
 """The question is the text of the last user turn, or what the user says it is."""
 
+import re
 from typing import ClassVar
 
 import pytest
@@ -41,8 +42,8 @@ class Tokenizer:
 
     def encode(self, text, add_special_tokens=True):
         assert not add_special_tokens
-        text = text.replace("\n", " \n ")
-        return [self.words[word] for word in text.split(" ") if word]
+        longest_first = sorted(self.words, key=len, reverse=True)
+        return [self.words[word] for word in re.findall("|".join(map(re.escape, longest_first)), text)]
 
 
 class Processor:
@@ -191,7 +192,7 @@ def test_markers_of_the_official_vocabulary_without_a_tokenizer():
             vision_start_token_id, vision_end_token_id, image_token_id, video_token_id = 151652, 151653, 151655, 151656
 
     markers = ADAPTERS["qwen2_5_vl"].chat_markers(Model, None)
-    assert markers == ChatMarkers(turn_start=151644, user=(872,), newline=(198,), turn_end=151645)
+    assert markers == ChatMarkers(opening=((151644, 872, 198), (151644, 872)), closing=((151645,),))
     ids = torch.tensor(
         [151644, 8948, 198, 5, 151645, 198, 151644, 872, 198, 151652, 151656, 151653, 3838, 30, 151645, 198]
     )
@@ -203,15 +204,15 @@ def test_markers_of_the_official_vocabulary_without_a_tokenizer():
 def test_markers_where_the_vocabulary_merges_the_role_with_the_newline():
     class Merging(Tokenizer):
         def encode(self, text, add_special_tokens=True):
-            return [77] if text == "user\n" else super().encode(text, add_special_tokens)
+            return [IM_START, 77] if text == "<|im_start|>user\n" else super().encode(text, add_special_tokens)
 
     markers = resolve_markers(Merging(), turn_start="<|im_start|>", user="user", newline="\n", turn_end="<|im_end|>")
-    assert (markers.user, markers.newline) == ((77,), ())
+    assert markers.opening == ((IM_START, 77), (IM_START, USER))
     assert find_question(torch.tensor([IM_START, 77, 5, IM_END]), markers, ()).tolist() == [2]
 
 
 def test_a_turn_start_in_the_last_columns_is_no_match():
-    markers = ChatMarkers(IM_START, (USER,), (NEWLINE,), IM_END)
+    markers = ChatMarkers(((IM_START, USER, NEWLINE), (IM_START, USER)), ((IM_END,),))
     ids = torch.tensor([IM_START, USER, NEWLINE, VISION_START, VISION_END, 5, IM_END, IM_START])
     assert ids[find_question(ids, markers, (VISION_START, VISION_END))].tolist() == [5]
     with pytest.raises(ValueError, match="no user turn"):
