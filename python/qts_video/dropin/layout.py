@@ -52,6 +52,7 @@ def locate_videos(
     video_token_id: int,
     grids: list[tuple[int, int, int]],
     *,
+    placeholders: torch.Tensor | None = None,
     newline_spans: list[int] | None = None,
     closing_tags: int = 0,
 ) -> Layout:
@@ -62,6 +63,7 @@ def locate_videos(
         valid: [B, L] bool on the CPU, false where the prompt is padded.
         video_token_id: the placeholder, of newlines too.
         grids: (time steps, rows, columns) of each video after the merger, sample after sample.
+        placeholders: [B, L] bool, which placeholders are of videos; None: all, as the token stands for nothing else.
         newline_spans: see ``Layout.newline_spans``; None where no video has newlines.
         closing_tags: tokens behind every time step that belong to it; what else stands between two steps belongs
             to the later one.
@@ -70,7 +72,7 @@ def locate_videos(
         ValueError: a placeholder is masked, or a sample's placeholders are not those of a whole number of its
             videos.
     """
-    placeholder = input_ids == video_token_id
+    placeholder = input_ids == video_token_id if placeholders is None else placeholders
     if bool((placeholder & ~valid).any()):
         raise ValueError("attention_mask is 0 on video placeholders; mask only padding, selection drops the rest")
     lengths = [t * h * w for t, h, w in grids]
