@@ -25,19 +25,21 @@ class Qwen2_5_VL:
     """Adapter of Qwen2.5-VL: M-RoPE positions, video placeholders ``<|video_pad|>``, ChatML turns."""
 
     model_type = "qwen2_5_vl"
+    class_name = "Qwen2_5_VLForConditionalGeneration"
     host_inputs = ("video_grid_thw",)
     # Without second_per_grid_ts, get_rope_index spaces the temporal positions as for one second a step.
     default_seconds_per_step = 1.0
     rope_axes = 3
     positions_carry_time = True
     video_encoder = "get_video_features"
+    closing_tags = 0
 
     def check(self, model: nn.Module) -> None:
-        from transformers import Qwen2_5_VLForConditionalGeneration
+        import transformers
 
-        if not isinstance(model, Qwen2_5_VLForConditionalGeneration):
+        if not isinstance(model, getattr(transformers, self.class_name)):
             raise TypeError(
-                f"expected a Qwen2_5_VLForConditionalGeneration, got {type(model).__name__} "
+                f"expected a {self.class_name}, got {type(model).__name__} "
                 "(of a wrapped model give the model inside, e.g. peft's get_base_model())"
             )
 
@@ -79,7 +81,7 @@ class Qwen2_5_VL:
             )
         merge = model.config.vision_config.spatial_merge_size
         grids = [(t, h // merge, w // merge) for t, h, w in grid.tolist()]
-        return locate_videos(input_ids, valid, self.video_token_id(model), grids)
+        return locate_videos(input_ids, valid, self.video_token_id(model), grids, closing_tags=self.closing_tags)
 
     def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
         return {}

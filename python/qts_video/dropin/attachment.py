@@ -13,7 +13,7 @@ from qts_video.dropin.decode import check_continuation, translate_decoder_inputs
 from qts_video.dropin.dropped import forget_if_reset, recall, remember
 from qts_video.dropin.generation import Generation, arguments_by_name, check_generate, read_generation
 from qts_video.dropin.layout import Layout, to_host
-from qts_video.dropin.prefill import Call, Prefill, add_question, pack_videos, shorten_decoder_inputs
+from qts_video.dropin.prefill import Call, Prefill, add_question, find_seconds, pack_videos, shorten_decoder_inputs
 from qts_video.dropin.question import find_question
 from qts_video.dropin.report import Report
 from qts_video.dropin.shorten import kept_columns
@@ -41,6 +41,7 @@ class Attachment:
         self.parts = adapter.parts(model)
         self.markers = adapter.chat_markers(model, tokenizer)
         self.given_question: list[torch.Tensor] | None = None
+        self.given_seconds: list[float] | None = None
         self.report: Report | None = None
         self.prefills = 0
         self._generation: Generation | None = None
@@ -134,7 +135,8 @@ class Attachment:
         if not self._in_model:
             self._call = None
             self._call = self._open(module, inputs)
-        self._positions_given = inputs.get("position_ids") is not None
+        # Until transformers 5 some models count on from cache_position, which is the caller's too.
+        self._positions_given = any(inputs.get(name) is not None for name in ("position_ids", "cache_position"))
 
     def _after_base(self, module: nn.Module, args: tuple, output: Any) -> None:
         if self._selecting:
@@ -207,7 +209,10 @@ class Attachment:
         layout = self.adapter.locate(self.model, prompt[::copies], valid[::copies], {**source, **host}, self.tokenizer)
         if not layout.lengths:
             return None
-        return Call(module, ids[::copies], layout, copies, self.adapter.seconds_per_step(source), past_length)
+        seconds, seconds_from = find_seconds(
+            layout, self.given_seconds, self.adapter.seconds_per_step(source), self.adapter.default_seconds_per_step
+        )
+        return Call(module, ids[::copies], layout, copies, seconds, seconds_from, past_length)
 
     def _check_cache(self, inputs: dict[str, Any], fed: int) -> int:
         """Slots of the cache that are filled; 0 where nobody needs to know. Raises where the inputs do not
@@ -250,7 +255,7 @@ class Attachment:
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         embeds = inputs["inputs_embeds"][::copies]
         self._stopwatch.start("selection", embeds.device)
-        videos = pack_videos(call, embeds, self.adapter.default_seconds_per_step)
+        videos = pack_videos(call, embeds)
         if self.selector.needs_question:
             add_question(videos, self._questions(call), self.model.get_input_embeddings())
         videos.context = Prefill(
@@ -291,7 +296,7 @@ class Attachment:
             kept=kept,
             scores=selection.scores,
             timestamps=videos.timestamps,
-            seconds_from="default" if call.seconds is None else "inputs",
+            seconds_from=call.seconds_from,
             columns=columns.source,
             stopwatch=self._stopwatch,
         )
@@ -319,7 +324,9 @@ class Attachment:
             )
         columns = layout.valid[sample].nonzero().squeeze(1)
         vision = self.adapter.vision_token_ids(self.model)
-        return columns[find_question(layout.input_ids[sample][columns], self.markers, vision)]
+        # Labels of time steps are text in the user's turn, but not of the question.
+        ids = layout.input_ids[sample].masked_fill(layout.in_steps(sample), vision[0])
+        return columns[find_question(ids[columns], self.markers, vision)]
 
     def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         call = self._call

@@ -1,5 +1,9 @@
 """What ``attach`` returns: the way to a selector that is in a model."""
 
+import math
+from collections.abc import Sequence
+from numbers import Real
+
 from qts_video.dropin.attachment import Attachment
 from qts_video.dropin.question import GivenQuestion, read_question
 from qts_video.dropin.report import Report
@@ -35,6 +39,24 @@ class Handle:
         self._attachment.given_question = None if question is None else read_question(question, tokenizer)
         return self
 
+    def seconds_per_step(self, seconds: float | Sequence[float] | None) -> "Handle":
+        """Say how long a step of the videos' temporal grids lasts, for every prefill from now on; None goes back to
+        what the prompt or the inputs say.
+
+        For models whose inputs don't say it. It sets the seconds that methods and reports are given, never the
+        positions in the model.
+
+        Args:
+            seconds: of a step of every video; or a list with one value a video of the prefill, in the order of the
+                placeholders.
+
+        Raises:
+            ValueError: no value, or one that is not positive and finite.
+            TypeError: neither a number nor a list of them.
+        """
+        self._attachment.given_seconds = None if seconds is None else _read_seconds(seconds)
+        return self
+
     @property
     def last(self) -> Report:
         """The report of the last prefill that held a video.
@@ -63,3 +85,12 @@ class Handle:
     def __repr__(self) -> str:
         state = "attached to" if self.attached else "removed from"
         return f"<{self._attachment.selector.name} {state} {type(self._attachment.model).__name__}>"
+
+
+def _read_seconds(seconds: float | Sequence[float]) -> list[float]:
+    values = [seconds] if isinstance(seconds, Real) else seconds
+    if not isinstance(values, Sequence) or not all(isinstance(value, Real) for value in values):
+        raise TypeError(f"seconds per step are a number, or a list with one a video; got {seconds!r}")
+    if not values or not all(0 < value < math.inf for value in values):
+        raise ValueError(f"seconds per step must be positive and finite, got {seconds!r}")
+    return [float(value) for value in values]

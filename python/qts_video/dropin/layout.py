@@ -30,6 +30,8 @@ class Layout:
     newline_spans: list[int]
     """Of each video, how many successive tokens share a newline behind them (those of a grid row, of a frame, or
     of the whole video); 0 where it has no newlines."""
+    step_seconds: list[torch.Tensor] | None = None
+    """Of each video, [T] float32: when its time steps are, in seconds, where the prompt says it."""
 
     @property
     def batch(self) -> int:
@@ -44,6 +46,14 @@ class Layout:
         """Newline tokens of each video."""
         spans = zip(self.lengths, self.newline_spans, strict=True)
         return [length // span if span else 0 for length, span in spans]
+
+    def in_steps(self, sample: int) -> torch.Tensor:
+        """[L] bool: the columns of a sample that belong to time steps of its videos, the tags around them included."""
+        inside = torch.zeros(self.columns, dtype=torch.bool)
+        for spans, of in zip(self.frame_spans, self.sample, strict=True):
+            if of == sample:
+                inside[int(spans[0, 0]) : int(spans[-1, 1])] = True
+        return inside
 
 
 def locate_videos(

@@ -79,9 +79,11 @@ class Call:
     """How often generate() repeated every sample, for beams or several sequences: row by row, before the prefill.
     A sample is selected from once: that is cheaper, and beam search, which swaps the caches of a sample's beams,
     relies on all of them having kept the same tokens."""
-    seconds: torch.Tensor | None
-    """[V] float32, seconds between the steps of each video's temporal grid; None where the call does not
-    say."""
+    seconds: torch.Tensor | list[torch.Tensor]
+    """[V] float32, seconds between the steps of each video's temporal grid; or of each video, [T] float32, the times
+    of its steps."""
+    seconds_from: str
+    """See ``Report.seconds_from``."""
     past_length: int
     """Slots of the cache that are filled."""
     selected: bool = False
@@ -92,24 +94,47 @@ class Call:
     loss_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
-def video_timestamps(
-    layout: Layout, seconds: torch.Tensor | None, default: float, device: torch.device
-) -> torch.Tensor:
-    """[sum M] float32: of each video token, its step in the temporal grid times the seconds of a step."""
-    if seconds is None:
-        seconds = torch.full((len(layout.grids),), default)
-    elif len(seconds) != len(layout.grids):
-        raise ValueError(f"expected the seconds per grid step of {len(layout.grids)} videos, got {len(seconds)}")
-    steps = [
-        torch.arange(t, dtype=torch.float32).repeat_interleave(rows * columns) for t, rows, columns in layout.grids
-    ]
-    per_token = seconds.to(device).repeat_interleave(
-        torch.tensor(layout.lengths, device=device), output_size=sum(layout.lengths)
-    )
-    return torch.cat(steps).to(device) * per_token
+def find_seconds(
+    layout: Layout, given: list[float] | None, stated: torch.Tensor | None, default: float
+) -> tuple[torch.Tensor | list[torch.Tensor], str]:
+    """When the steps of the videos' temporal grids are, and who says so: ``Call.seconds`` and ``seconds_from``.
+
+    Args:
+        layout: of the prefill.
+        given: seconds of a step by ``Handle.seconds_per_step``: one for all videos, or one a video.
+        stated: [V] float32, seconds of a step by the inputs.
+        default: seconds of a step where nobody says.
+
+    Raises:
+        ValueError: as many seconds as there are videos were expected.
+    """
+    number = len(layout.grids)
+    if given is not None:
+        if len(given) not in (1, number):
+            raise ValueError(f"handle.seconds_per_step was given {len(given)} values for {number} videos")
+        return torch.tensor(given, dtype=torch.float32).expand(number), "given"
+    if layout.step_seconds is not None:
+        return layout.step_seconds, "prompt"
+    if stated is None:
+        return torch.full((number,), default), "default"
+    if len(stated) != number:
+        raise ValueError(f"expected the seconds per grid step of {number} videos, got {len(stated)}")
+    return stated, "inputs"
 
 
-def pack_videos(call: Call, inputs_embeds: torch.Tensor, default_seconds: float) -> Videos:
+def video_timestamps(layout: Layout, seconds: torch.Tensor | list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """[sum M] float32: of each video token, the time of its step. ``seconds``: see ``Call.seconds``."""
+    areas = [rows * columns for _, rows, columns in layout.grids]
+    if isinstance(seconds, list):
+        of_token = [times.repeat_interleave(area) for times, area in zip(seconds, areas, strict=True)]
+        return torch.cat(of_token).to(device)
+    steps = [torch.arange(grid[0]).repeat_interleave(area) for grid, area in zip(layout.grids, areas, strict=True)]
+    lengths = torch.tensor(layout.lengths)
+    per_token = seconds.to(device).repeat_interleave(lengths.to(device), output_size=sum(layout.lengths))
+    return torch.cat(steps).to(device, torch.float32) * per_token
+
+
+def pack_videos(call: Call, inputs_embeds: torch.Tensor) -> Videos:
     """The videos of ``call``, their tokens taken from ``inputs_embeds`` [B, L, D]. No question yet."""
     layout, device = call.layout, inputs_embeds.device
     return Videos(
@@ -117,7 +142,7 @@ def pack_videos(call: Call, inputs_embeds: torch.Tensor, default_seconds: float)
         cu_seqlens=offsets(layout.lengths, device),
         lengths=layout.lengths,
         grids=layout.grids,
-        timestamps=video_timestamps(layout, call.seconds, default_seconds, device),
+        timestamps=video_timestamps(layout, call.seconds, device),
         sample=layout.sample,
         newline_spans=layout.newline_spans,
     )

@@ -75,8 +75,8 @@ class Report:
         self.positions = positions
         """"original" or "compact"."""
         self.seconds_from = seconds_from
-        """"inputs": the call said how long a step of the temporal grid is; "default": the model's own
-        assumption was taken."""
+        """Who said when the steps of the temporal grid are. "given": ``Handle.seconds_per_step``; "prompt": the time
+        labels in the prompt; "inputs": the call; "default": nobody, and the model's own assumption was taken."""
         self._layout, self._kept = layout, kept
         self._timestamps = timestamps.detach()
         self._scores = None if scores is None else scores.detach().reshape(-1)

@@ -1,5 +1,6 @@
 """Every model that a selector can be attached to, as the tests know it."""
 
 import tiny_qwen
+import tiny_qwen3
 
-FAMILIES = {family.name: family for family in (tiny_qwen.FAMILY,)}
+FAMILIES = {family.name: family for family in (tiny_qwen.FAMILY, tiny_qwen3.FAMILY)}

@@ -195,6 +195,8 @@ def test_decoding_by_hand_with_forward(family, model, positions, cache, masked):
 def test_other_ways_to_generate(family, model, options, positions):
     """Against the tokens of the kept columns alone, in beam search too: there, by what another selection of the same
     columns gives, sample by sample."""
+    if "num_beams" in options and not family.repeats:
+        pytest.skip("this transformers version can't repeat this model's videos, with or without selection")
     batch = family.inputs(*family.prompts["several"])
     selector = Keep(every(2))
     with qts_video.attach(model, selector, positions=positions):
@@ -211,6 +213,8 @@ def test_other_ways_to_generate(family, model, options, positions):
 
 
 def test_several_sequences_of_a_sample_select_once(family, model):
+    if not family.repeats:
+        pytest.skip("this transformers version can't repeat this model's videos, with or without selection")
     batch = family.inputs(*family.prompts["several"])
     selector = Keep(every(2))
     with qts_video.attach(model, selector) as handle:

@@ -96,6 +96,8 @@ class Family:
     """Name of the vision tower in the model."""
     second_turn: bool = True
     """Whether generate() goes on from a cache with the new ids alone, from transformers 5 on."""
+    repeats: bool = True
+    """Whether generate() can repeat samples with videos, for beams or several sequences."""
 
 
 def pad(rows: list[list[int]], side: str) -> Batch:
