@@ -8,7 +8,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from qts_video.embedded import tokenizers
+from qts_video.embedded.tokenizer import build_qwen_tokenizer
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
@@ -41,7 +41,7 @@ def build_processor() -> Qwen2_5_VLProcessor:
         videos.cap_pixels_per_frame = False  # The reader bounds frames already; unset it warns on every call.
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=dict(size)),
-        tokenizer=tokenizers.qwen(VISION_TOKENS),
+        tokenizer=build_qwen_tokenizer(VISION_TOKENS),
         video_processor=videos,
         chat_template=CHAT_TEMPLATE,
     )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -30,7 +30,10 @@ _SPLIT = (
 )
 
 
-def qwen(vision_tokens: Sequence[str], named: dict[str, str] | None = None) -> Any:
+_LLAMA_SPACE = "\u2581"
+
+
+def build_qwen_tokenizer(vision_tokens: Sequence[str], named: dict[str, str] | None = None) -> Any:
     """A byte-level ``Qwen2Tokenizer`` with Qwen's split and chat markers.
 
     Args:
@@ -60,6 +63,51 @@ def qwen(vision_tokens: Sequence[str], named: dict[str, str] | None = None) -> A
         eos_token="<|im_end|>",
         unk_token=None,
         extra_special_tokens=named or {},
+    )
+
+
+def build_llama_tokenizer(vision_tokens: Sequence[str]) -> Any:
+    """A ``LlamaTokenizerFast`` as Llama 2's: spaces are part of the words behind them, unknown characters become
+    bytes, ``<s>`` comes first, and no token marks a turn. As with the real ones, transformers 4 puts one more space
+    before every piece of text between special tokens, transformers 5 before the first alone."""
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        show_progress=False,
+        special_tokens=["<unk>", "<s>", "</s>", *byte_tokens],
+        initial_alphabet=[chr(code) for code in range(33, 127)],
+    )
+    learner = Tokenizer(models.BPE(unk_token="<unk>"))
+    learner.normalizer = normalizers.Replace(" ", _LLAMA_SPACE)
+    learner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    learner.train_from_iterator(_CORPUS.splitlines(), trainer)
+    model = json.loads(learner.to_str())["model"]
+    tokenizer = Tokenizer(
+        models.BPE(model["vocab"], [tuple(m) for m in model["merges"]], unk_token="<unk>", byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(_LLAMA_SPACE), normalizers.Replace(" ", _LLAMA_SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(_LLAMA_SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *vision_tokens, "<pad>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return _load(
+        tokenizer,
+        tokenizer_class="LlamaTokenizerFast",
+        legacy=False,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
     )
 
 
