@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import BatchFeature
+from transformers.video_utils import VideoMetadata
 
 from .adapters import find_adapter
 from .attach import attach
@@ -37,8 +39,15 @@ class Answer:
         return {"vision": took.vision, "selection": selection, "prefill": took.prefill, "total": took.total}
 
 
-def prepare(processor: Any, video: Video, question: str) -> dict[str, torch.Tensor]:
-    """The model's inputs for ``question`` about ``video``, on the CPU.
+class Prompt(BatchFeature):
+    """The model's inputs, and what they can't carry."""
+
+    seconds_per_step: float | None = None
+    """Between two steps of the video's temporal grid, for ``Handle.seconds_per_step``. None: the inputs say it."""
+
+
+def prepare(processor: Any, video: Video, question: str) -> Prompt:
+    """The model's inputs for ``question`` about ``video``, on the CPU. Every frame is used.
 
     Raises:
         VideoError: frames of a shape that the processor refuses.
@@ -46,27 +55,34 @@ def prepare(processor: Any, video: Video, question: str) -> dict[str, torch.Tens
     content = [{"type": "video"}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    from transformers.video_utils import VideoMetadata
-
+    times = _times(processor, video)
     try:
-        # fps is what transformers 4 reads; newer versions take the rate from the metadata.
-        return processor(
-            text=[text],
-            videos=[video.frames],
-            video_metadata=[VideoMetadata(**video.metadata())],
-            fps=video.sampled_fps,
-            do_sample_frames=False,
-            return_tensors="pt",
-        )
+        inputs = processor(text=[text], videos=[video.frames], do_sample_frames=False, return_tensors="pt", **times)
     except ValueError as error:
         raise VideoError(f"{video.source}: {error}") from error
+    prompt = Prompt(inputs)
+    prompt.seconds_per_step = None if times else 1 / video.sampled_fps  # one step, one frame
+    return prompt
+
+
+def _times(processor: Any, video: Video) -> dict[str, Any]:
+    """How ``processor`` is told when the frames are; empty where it takes no notice, as LLaVA's and InternVL's."""
+    metadata = video.metadata()
+    kind = type(processor).__name__
+    if kind == "Qwen2_5_VLProcessor":
+        # fps is what transformers 4 reads; newer versions take the rate from the metadata.
+        return {"video_metadata": [VideoMetadata(**metadata)], "fps": video.sampled_fps}
+    if kind == "Qwen3VLProcessor":
+        # It writes frames_indices / fps into the prompt: at one frame a second, an index is a time.
+        return {"video_metadata": [VideoMetadata(**metadata | {"fps": 1.0, "frames_indices": list(video.seconds)})]}
+    return {}
 
 
 @torch.inference_mode()
 def answer(
     model: Any,
     processor: Any,
-    inputs: dict[str, torch.Tensor],
+    inputs: Prompt,
     selector: Any = None,
     *,
     positions: str = "original",
@@ -74,14 +90,18 @@ def answer(
 ) -> Answer:
     """Greedy answer to ``prepare``'s inputs, measured. ``selector`` None runs the model as it is."""
     inputs = inputs.to(model.device)
+    # Pixels alone in the model's dtype: a time that is rounded is another time.
+    pixels = {name: value.to(model.dtype) for name, value in inputs.items() if name.startswith("pixel_values")}
     prompt = inputs["input_ids"].shape[1]
     tokens = int((inputs["input_ids"] == find_adapter(model).video_token_id(model)).sum())
     handle = None
     if selector is not None:
         handle = attach(model, selector, tokenizer=processor.tokenizer, positions=positions)
     try:
+        if handle is not None:
+            handle.seconds_per_step(inputs.seconds_per_step)
         with measure(model) as took:
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            output = model.generate(**{**inputs, **pixels}, max_new_tokens=max_new_tokens, do_sample=False)
         report = None if handle is None else handle.last
     finally:
         if handle is not None:
