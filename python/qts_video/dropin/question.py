@@ -52,8 +52,8 @@ def resolve_markers(
 def resolve_text_markers(
     tokenizer: Any, *, opening: Sequence[str], closing: Sequence[str], blanks: Sequence[str] = ()
 ) -> ChatMarkers:
-    """The same for a template whose markers are plain text, such as Vicuna's ``USER:`` and ``ASSISTANT:``, of any number
-    of tokens.
+    """The same for a template whose markers are plain text of any number of tokens, such as Vicuna's ``USER:`` and
+    ``ASSISTANT:``.
 
     Args:
         tokenizer: of the model.

@@ -1,0 +1,158 @@
+"""What LLaVA-OneVision and LLaVA-NeXT-Video share: grids come from the frames given, newlines from the prompt."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qts_video.adapters.base import Parts
+from qts_video.dropin.layout import Layout, locate_videos
+from qts_video.dropin.question import ChatMarkers, resolve_markers
+
+BLANKS = (" ", "\n", " \n", "\n\n")
+"""What the chat templates put around the text of a turn, as vocabularies may merge it."""
+
+
+def chatml_markers(tokenizer: Any) -> ChatMarkers:
+    """Of ``<|im_start|>user ... <|im_end|>``. Raises ValueError where ``tokenizer`` does not know them."""
+    return resolve_markers(
+        tokenizer, turn_start="<|im_start|>", user="user", newline="\n", turn_end="<|im_end|>", blanks=BLANKS
+    )
+
+
+def newline_layouts(grid: tuple[int, int, int]) -> dict[str, int]:
+    """How many successive tokens of a video of this grid (frames, rows, columns) share a newline token, by
+    ``mm_newline_position``; 0 where there are no newlines."""
+    frames, rows, columns = grid
+    return {"grid": columns, "frame": rows * columns, "one_token": frames * rows * columns, "no_token": 0}
+
+
+def count_tokens(grid: tuple[int, int, int], span: int) -> int:
+    """Tokens of a video, with a newline behind every ``span`` of them (0: none)."""
+    tokens = math.prod(grid)
+    return tokens + (tokens // span if span else 0)
+
+
+class Llava:
+    """Adapter of the models in which every frame is pooled to the same square of tokens, positions are counted one by
+    one, and newline tokens (the parameter ``image_newline``) may stand among those of a video."""
+
+    class_name: str
+    host_inputs = ()
+    # LLaVA-Video samples one frame a second, and its processors do not say when a frame is.
+    default_seconds_per_step = 1.0
+    rope_axes = 1
+    positions_carry_time = False
+    video_encoder = "get_video_features"
+
+    def frame_grid(self, model: nn.Module) -> tuple[int, int]:
+        """(rows, columns) of the tokens of a frame."""
+        raise NotImplementedError
+
+    def check(self, model: nn.Module) -> None:
+        import transformers
+
+        if not isinstance(model, getattr(transformers, self.class_name)):
+            raise TypeError(
+                f"expected a {self.class_name}, got {type(model).__name__} "
+                "(of a wrapped model give the model inside, e.g. peft's get_base_model())"
+            )
+
+    def parts(self, model: nn.Module) -> Parts:
+        return Parts(base=model.model, decoder=model.model.language_model, vision=model.model.vision_tower)
+
+    def projector(self, model: nn.Module) -> nn.Module:
+        return model.model.multi_modal_projector
+
+    def video_token_id(self, model: nn.Module) -> int:
+        return model.config.video_token_id
+
+    def holds_video(self, model: nn.Module, input_ids: torch.Tensor, tokenizer: Any | None) -> bool:
+        return bool((input_ids == self.video_token_id(model)).any())
+
+    def vision_token_ids(self, model: nn.Module, tokenizer: Any | None = None) -> tuple[int, ...]:
+        return (model.config.image_token_id, model.config.video_token_id)
+
+    def needs_token_types(self, model: nn.Module) -> bool:
+        return False
+
+    def has_video_features(self, inputs: Mapping[str, Any]) -> bool:
+        encoded = inputs.get("mm_encoder_outputs") or {}  # what generate() passes on since transformers 5.18
+        return inputs.get("pixel_values_videos") is not None or encoded.get("video") is not None
+
+    def locate(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        valid: torch.Tensor,
+        inputs: Mapping[str, Any],
+        tokenizer: Any | None,
+    ) -> Layout:
+        token = self.video_token_id(model)
+        placeholders = int((input_ids == token).sum())
+        videos, frames = _count_videos(inputs, placeholders)
+        grid = (frames, *self.frame_grid(model))
+        span = _newline_span(placeholders, videos, grid, getattr(model.config, "mm_newline_position", None))
+        return locate_videos(input_ids, valid, token, [grid] * videos, newline_spans=[span] * videos)
+
+    def regroup_copies(
+        self, model: nn.Module, inputs: dict[str, Any], layout: Layout, copies: int
+    ) -> dict[str, Any]:
+        return inputs
+
+    def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
+        return {}
+
+    def seconds_per_step(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
+        return None
+
+
+def _count_videos(inputs: Mapping[str, Any], placeholders: int) -> tuple[int, int]:
+    """How many videos there are, and how many frames each of them has: these models take no others in one batch."""
+    pixels = inputs.get("pixel_values_videos")
+    if pixels is not None:
+        if pixels.ndim != 5:
+            raise ValueError(f"pixel_values_videos must have shape [V, F, C, H, W], got {list(pixels.shape)}")
+        return pixels.shape[0], pixels.shape[1]
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("video")
+    features, of_frames = (getattr(encoded, name, None) for name in ("pooler_output", "last_hidden_state"))
+    if features is None or of_frames is None:
+        raise ValueError(
+            "the frames of a video can't be counted without pixel_values_videos: give them, or in "
+            'mm_encoder_outputs["video"] the whole output of get_video_features, last_hidden_state included'
+        )
+    # generate() repeats the features for beams, but not the prompt that is looked at here, nor the hidden states.
+    videos, rest = divmod(placeholders, math.prod(features[0].shape[:-1]))
+    if rest or videos == 0 or len(of_frames) % videos:
+        raise ValueError(
+            f"input_ids hold {placeholders} video placeholders, and mm_encoder_outputs {len(of_frames)} frames in "
+            f"videos of {math.prod(features[0].shape[:-1])} tokens: they do not belong together"
+        )
+    return videos, len(of_frames) // videos
+
+
+def _newline_span(placeholders: int, videos: int, grid: tuple[int, int, int], configured: str | None) -> int:
+    """How many tokens share a newline, by the number of placeholders.
+
+    No two layouts have the same number of newlines unless they are the same (of a single frame or a single row).
+    """
+    layouts = newline_layouts(grid)
+    counts = {name: count_tokens(grid, span) for name, span in layouts.items()}
+    found = next((name for name, count in counts.items() if videos * count == placeholders), None)
+    of_grid = f"{videos} videos of {grid[0]} frames of {grid[1]} x {grid[2]} tokens"
+    if found is None:
+        expected = ", ".join(f"{videos * count} ({name})" for name, count in counts.items())
+        raise ValueError(
+            f"input_ids hold {placeholders} video placeholders for {of_grid}; expected, by where newline tokens stand, "
+            + expected
+        )
+    if configured is not None and configured not in layouts:
+        raise ValueError(f"config.mm_newline_position must be one of {', '.join(layouts)}, got {configured!r}")
+    if configured is not None and layouts[configured] != layouts[found]:
+        raise ValueError(
+            f"config.mm_newline_position is {configured!r}, but {placeholders} video placeholders for {of_grid} are "
+            f"the layout {found!r} ({configured!r} would be {videos * counts[configured]}); see qts_video.newlines"
+        )
+    return layouts[found]
