@@ -3,6 +3,7 @@
 from torch import nn
 
 from qts_video.adapters.base import Adapter, Parts
+from qts_video.adapters.internvl import InternVL
 from qts_video.adapters.llava_next_video import LlavaNextVideo
 from qts_video.adapters.llava_onevision import LlavaOnevision
 from qts_video.adapters.qwen2_5_vl import Qwen2_5_VL
@@ -11,7 +12,14 @@ from qts_video.adapters.qwen3_vl import Qwen3_VL
 __all__ = ["ADAPTERS", "Adapter", "Parts", "find_adapter"]
 
 ADAPTERS: dict[str, Adapter] = {
-    adapter.model_type: adapter for adapter in (Qwen2_5_VL(), Qwen3_VL(), LlavaOnevision(), LlavaNextVideo())
+    adapter.model_type: adapter
+    for adapter in (
+        Qwen2_5_VL(),
+        Qwen3_VL(),
+        LlavaOnevision(),
+        LlavaNextVideo(),
+        InternVL(),
+    )
 }
 
 

@@ -21,6 +21,9 @@ class Parts:
     """The language model, which ``base`` calls with ``inputs_embeds=``."""
     vision: nn.Module
     """The vision tower, which ``base`` calls for images and for videos (timed, never changed)."""
+    generator: nn.Module | None = None
+    """The language model with its head, where the model's generate() embeds the prompt by itself and calls that of the
+    language model with ``inputs_embeds=``; None where the model's generate() is transformers' own."""
 
 
 class Adapter(Protocol):
@@ -61,7 +64,7 @@ class Adapter(Protocol):
         """Whether a prompt [B, L] holds a video."""
         ...
 
-    def vision_token_ids(self, model: nn.Module) -> tuple[int, ...]:
+    def vision_token_ids(self, model: nn.Module, tokenizer: Any | None = None) -> tuple[int, ...]:
         """Ids that mark vision in ``input_ids``, and so are never the text of a question."""
         ...
 
@@ -96,6 +99,12 @@ class Adapter(Protocol):
 
         Raises:
             ValueError: an input that is needed is missing, or does not fit the placeholders.
+        """
+        ...
+
+    def regroup_copies(self, model: nn.Module, inputs: dict[str, Any], layout: Layout, copies: int) -> dict[str, Any]:
+        """What the model is called with, for samples that generate() repeated ``copies`` times each, with pixels in
+        the order of the placeholders: some versions repeat images (a a b b) where a sample holds several (a b a b).
         """
         ...
 

@@ -55,7 +55,7 @@ class Qwen2_5_VL:
     def holds_video(self, model: nn.Module, input_ids: torch.Tensor, tokenizer: Any | None) -> bool:
         return bool((input_ids == self.video_token_id(model)).any())
 
-    def vision_token_ids(self, model: nn.Module) -> tuple[int, ...]:
+    def vision_token_ids(self, model: nn.Module, tokenizer: Any | None = None) -> tuple[int, ...]:
         return tuple(getattr(model.config, name) for name in _OFFICIAL_IDS)
 
     def needs_token_types(self, model: nn.Module) -> bool:
@@ -82,6 +82,9 @@ class Qwen2_5_VL:
         merge = model.config.vision_config.spatial_merge_size
         grids = [(t, h // merge, w // merge) for t, h, w in grid.tolist()]
         return locate_videos(input_ids, valid, self.video_token_id(model), grids, closing_tags=self.closing_tags)
+
+    def regroup_copies(self, model: nn.Module, inputs: dict[str, Any], layout: Layout, copies: int) -> dict[str, Any]:
+        return inputs
 
     def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
         return {}

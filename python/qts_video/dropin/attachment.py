@@ -2,6 +2,7 @@
 tower."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ ATTRIBUTE = "_qts_video_attachment"
 
 
 class Attachment:
-    """A selector in a model. Hooks on four modules, and two methods of the instance that have no hook of
-    their own: ``generate`` (to refuse what can't work, and to see the inputs that it takes away) and
-    ``create_masks_for_generate`` (so that masks built ahead for a compileable cache fit the shortened
-    sequence). ``remove`` undoes it all.
+    """A selector in a model. Hooks on four modules, and two methods of instances that have no hook of their
+    own: ``generate`` of the model (to refuse what can't work, and to see the inputs that it takes away) and
+    ``create_masks_for_generate`` of its generator (so that masks built ahead for a compileable cache fit the
+    shortened sequence). ``remove`` undoes it all.
 
     Hooks and methods are bound to this object, so that a deep copy of the model gets an attachment of its
     own.
@@ -39,6 +40,7 @@ class Attachment:
         self.model, self.selector, self.adapter, self.tokenizer = model, selector, adapter, tokenizer
         self.compact = compact
         self.parts = adapter.parts(model)
+        self.generator = model if self.parts.generator is None else self.parts.generator
         self.markers = adapter.chat_markers(model, tokenizer)
         self.given_question: list[torch.Tensor] | None = None
         self.given_seconds: list[float] | None = None
@@ -52,13 +54,13 @@ class Attachment:
         self._stopwatch = Stopwatch()
 
         self._unhooked_generate = model.generate
-        self._unhooked_masks = getattr(model, "create_masks_for_generate", None)
-        methods = {
-            "generate": self._generate,
-            "create_masks_for_generate": self._create_masks,
-            ATTRIBUTE: self,
-        }
-        self._replaced = {name: model.__dict__.get(name) for name in methods}
+        self._unhooked_masks = getattr(self.generator, "create_masks_for_generate", None)
+        methods = [
+            (model, "generate", self._generate),
+            (self.generator, "create_masks_for_generate", self._create_masks),
+            (model, ATTRIBUTE, self),
+        ]
+        self._replaced = [(module, name, module.__dict__.get(name)) for module, name, _ in methods]
         base, decoder, vision = self.parts.base, self.parts.decoder, self.parts.vision
         self._hooks = [
             model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -70,8 +72,8 @@ class Attachment:
             vision.register_forward_pre_hook(self._before_vision),
             vision.register_forward_hook(self._after_vision),
         ]
-        for name, method in methods.items():
-            setattr(model, name, method)
+        for module, name, method in methods:
+            setattr(module, name, method)
 
     @property
     def attached(self) -> bool:
@@ -84,11 +86,11 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for name, before in self._replaced.items():
+        for module, name, before in self._replaced:
             if before is None:
-                delattr(self.model, name)
+                delattr(module, name)
             else:
-                setattr(self.model, name, before)
+                setattr(module, name, before)
 
     # The model: opens the call where it holds videos, and computes the loss, whose labels must lose the same
     # columns.
@@ -99,8 +101,12 @@ class Attachment:
         self._call, self._in_model = None, True
         inputs = _by_name(module, args, kwargs)
         self._call = call = self._open(module, inputs)
-        if call is None or inputs.get("labels") is None:
+        if call is None:
             return None
+        if call.copies > 1:
+            inputs = self.adapter.regroup_copies(self.model, inputs, call.layout, call.copies)
+        if inputs.get("labels") is None:
+            return (), inputs
         if inputs.get("shift_labels") is not None:
             raise ValueError("shift_labels is not supported while a selector is attached; give labels alone")
         call.labels = inputs["labels"]
@@ -120,8 +126,8 @@ class Attachment:
     def _with_loss(self, output: Any, call: Call) -> Any:
         labels = call.labels if call.columns is None else call.columns.gather(call.labels, fill=-100)
         logits = output[0] if isinstance(output, tuple) else output.logits
-        vocab_size = self.model.config.get_text_config().vocab_size
-        loss = self.model.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **call.loss_kwargs)
+        vocab_size = self.generator.config.get_text_config().vocab_size
+        loss = self.generator.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **call.loss_kwargs)
         if isinstance(output, tuple):
             return (loss, *output)
         return type(output)(**{"loss": loss, **output})
@@ -158,7 +164,7 @@ class Attachment:
                 "(was a forward replaced?)"
             )
 
-    def _open(self, module: nn.Module, inputs: dict[str, Any]) -> Call | None:
+    def _open(self, module: nn.Module | None, inputs: Mapping[str, Any]) -> Call | None:
         """The call, if it is a prefill with videos. Reads the prompt from the device, once."""
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         if ids is None and embeds is None:
@@ -179,8 +185,8 @@ class Attachment:
         integers = {name: source.get(name) for name in self.adapter.host_inputs}
         integers |= {"input_ids": ids, "attention_mask": mask if _is_2d(mask) else None}
         host = to_host({name: torch.as_tensor(value) for name, value in integers.items() if value is not None})
-        prompt, token = host["input_ids"], self.adapter.video_token_id(self.model)
-        if not bool((prompt == token).any()):
+        prompt = host["input_ids"]
+        if not self.adapter.holds_video(self.model, prompt, self.tokenizer):
             return None
 
         if not self.adapter.has_video_features(inputs):
@@ -214,7 +220,7 @@ class Attachment:
         )
         return Call(module, ids[::copies], layout, copies, seconds, seconds_from, past_length)
 
-    def _check_cache(self, inputs: dict[str, Any], fed: int) -> int:
+    def _check_cache(self, inputs: Mapping[str, Any], fed: int) -> int:
         """Slots of the cache that are filled; 0 where nobody needs to know. Raises where the inputs do not
         continue it."""
         cache = inputs.get("past_key_values")
@@ -251,13 +257,15 @@ class Attachment:
         """Run the selector, once, and take what it dropped out of the decoder's ``inputs``."""
         if call.selected:
             raise RuntimeError("the decoder ran twice in one forward call: its prefill can't be shortened")
+        if call.opened_by is None:  # only now has generate() repeated the samples
+            call.copies = self._generation.copies(len(inputs["inputs_embeds"]))
         layout, copies = call.layout, call.copies
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         embeds = inputs["inputs_embeds"][::copies]
         self._stopwatch.start("selection", embeds.device)
         videos = pack_videos(call, embeds)
         if self.selector.needs_question:
-            add_question(videos, self._questions(call), self.model.get_input_embeddings())
+            add_question(videos, self._questions(call), self.generator.get_input_embeddings())
         videos.context = Prefill(
             model=self.model,
             adapter=self.adapter,
@@ -323,7 +331,7 @@ class Attachment:
                 "attach(..., tokenizer=...), or the question with handle.question(...)"
             )
         columns = layout.valid[sample].nonzero().squeeze(1)
-        vision = self.adapter.vision_token_ids(self.model)
+        vision = self.adapter.vision_token_ids(self.model, self.tokenizer)
         # Labels of time steps are text in the user's turn, but not of the question.
         ids = layout.input_ids[sample].masked_fill(layout.in_steps(sample), vision[0])
         return columns[find_question(ids[columns], self.markers, vision)]
@@ -337,6 +345,8 @@ class Attachment:
         cache = _cache_of(kwargs, output)
         if cache is not None and call.dropped is not None:
             remember(cache, call.dropped)
+        if call.opened_by is None:
+            self._call = None
 
     # The vision tower: only timed.
 
@@ -356,15 +366,19 @@ class Attachment:
         generation = read_generation(
             self.model, args, kwargs, lambda ids: self.adapter.holds_video(self.model, ids, self.tokenizer)
         )
-        check_generate(generation, self.model.generation_config)
+        check_generate(generation, self.generator.generation_config)
         cache = generation.arguments.get("past_key_values")
         fresh = cache is None or int(cache.get_seq_length()) == 0
         prefills, outer = self.prefills, self._generation
         self._generation = generation
         try:
+            if self.generator is not self.model:  # the model's forward, which opens calls, does not run
+                self._call = self._open(None, generation.arguments)
             output = self._unhooked_generate(*args, **kwargs)
         finally:
             self._generation = outer
+            if self.generator is not self.model:
+                self._call = None
         if generation.has_video and fresh and self.prefills == prefills:
             raise RuntimeError(f"{self.selector.name} is attached, but selected nothing: generate() ran past its hooks")
         return output

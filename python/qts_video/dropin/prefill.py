@@ -71,7 +71,8 @@ class Prefill:
 class Call:
     """A forward call that holds videos, from its start to its end."""
 
-    opened_by: nn.Module
+    opened_by: nn.Module | None
+    """The module whose forward it is; None where generate() runs the decoder without one."""
     input_ids: torch.Tensor
     """[B, L], without the copies of a sample."""
     layout: Layout

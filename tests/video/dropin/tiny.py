@@ -233,7 +233,9 @@ class Oracle:
         if self.replaced is not None:
             self.embeds[self.keep & placeholders(self.model, self.batch)] = self.replaced
         if self.compact:
-            rank = self.keep.cumsum(1) - 1
+            padded = self.batch["attention_mask"][None] == 0
+            first = self.positions.masked_fill(padded, self.positions.max()).amin((0, 2)).unsqueeze(1)
+            rank = first + self.keep.cumsum(1) - 1
             self.positions = rank.clamp(min=0).expand(len(self.positions), -1, -1)
             self.next = rank[:, -1] + 1
 
