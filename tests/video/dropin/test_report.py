@@ -84,6 +84,56 @@ def test_missing_seconds_are_the_models_default_and_the_report_says_so(model):
     assert report.videos[0].frame_seconds.tolist() == [0.0, 1.0, 2.0]
 
 
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize(("given", "steps"), [(3, [3.0, 3.0, 3.0]), ([0.25, 4, 2.0], [0.25, 4.0, 2.0])])
+def test_given_seconds_are_the_ones_that_count(model, given, steps, stated):
+    batch = BATCH if stated else {name: value for name, value in BATCH.items() if name != "second_per_grid_ts"}
+    selector = Keep(every(2))
+    with qts_video.attach(model, selector) as handle, torch.no_grad():
+        logits = model(**batch).logits
+        assert handle.last.seconds_from == ("inputs" if stated else "default")
+        assert handle.seconds_per_step(given) is handle
+        assert torch.equal(model(**batch).logits, logits)
+        report = handle.last
+        assert report.seconds_from == "given"
+        assert [video.frame_seconds[1].item() for video in report.videos] == steps
+        sizes = ((4, 6), (2, 6), (3, 2))
+        wanted = [
+            t * step for (n, area), step in zip(frames, steps, strict=True) for t in range(n) for _ in range(area)
+        ]
+        assert selector.calls[-1].timestamps.tolist() == wanted
+        handle.seconds_per_step(None)
+        model(**batch)
+        assert handle.last.seconds_from == ("inputs" if stated else "default")
+
+
+def test_given_seconds_must_be_one_a_video(model):
+    selector = Keep(every(2))
+    with qts_video.attach(model, selector) as handle, torch.no_grad():
+        handle.seconds_per_step([1.0, 2.0])
+        with pytest.raises(ValueError, match="seconds_per_step was given 2 values for 3 videos"):
+            model(**BATCH)
+        assert selector.calls == []
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf"), [], [1.0, 0.0]])
+def test_given_seconds_must_be_positive(model, seconds):
+    with (
+        qts_video.attach(model, Keep(every(2))) as handle,
+        pytest.raises(ValueError, match="must be positive and finite, got"),
+    ):
+        handle.seconds_per_step(seconds)
+
+
+@pytest.mark.parametrize("seconds", ["1.0", ["1.0"], torch.ones(2)])
+def test_given_seconds_must_be_numbers(model, seconds):
+    with (
+        qts_video.attach(model, Keep(every(2))) as handle,
+        pytest.raises(TypeError, match="a number, or a list with one a video; got"),
+    ):
+        handle.seconds_per_step(seconds)
+
+
 def test_no_scores_are_none(model):
     assert [video.scores for video in last(model, Uniform(0.5)).videos] == [None] * 3
 
