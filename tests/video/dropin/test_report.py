@@ -97,9 +97,9 @@ def test_given_seconds_are_the_ones_that_count(model, given, steps, stated):
         report = handle.last
         assert report.seconds_from == "given"
         assert [video.frame_seconds[1].item() for video in report.videos] == steps
-        sizes = ((4, 6), (2, 6), (3, 2))
+        grids = ((4, 6), (2, 6), (3, 2))
         wanted = [
-            t * step for (n, area), step in zip(frames, steps, strict=True) for t in range(n) for _ in range(area)
+            t * step for (n, area), step in zip(grids, steps, strict=True) for t in range(n) for _ in range(area)
         ]
         assert selector.calls[-1].timestamps.tolist() == wanted
         handle.seconds_per_step(None)
