@@ -3,19 +3,22 @@
 import argparse
 import os
 import sys
+import warnings
 
 from qts_kernels import __version__
 
-METHODS = ("qtsplus", "uniform", "random", "none")
+from . import options
+from .plot.parser import add_plot
 
 ASK_EXAMPLES = """\
 examples:
   qts ask film.mp4 "When does it rain?" --model AlpachinoNLP/QTSplus-3B --save-overlay kept.png
-  qts ask film.mp4 "What does she open first?" --model Qwen/Qwen2.5-VL-3B-Instruct \\
-      --method uniform --retention-ratio 0.1
+  qts ask film.mp4 "What does she open first?" "Who enters last?" --model Qwen/Qwen2.5-VL-7B-Instruct \\
+      --method flexselect --layer 20 --max-tokens 7040
   qts ask frames/ "How many people?" --model ./checkpoint --method none --json > answer.json
 
-The answer goes to stdout, everything else to stderr. Exit status 2: the video, the model or an option cannot be used.
+Several questions share the work on the video. The answers go to stdout, everything else to stderr.
+Exit status 2: the video, the model or an option cannot be used.
 """
 
 
@@ -27,7 +30,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qts {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_ask(commands)
+    add_plot(commands)
+    commands.add_parser(
+        "doctor",
+        help="what is installed, which implementation serves each op and why, and what is missing",
+        description="Says what is installed, which implementation serves each op and why, and how to get the rest.",
+    )
+    return parser
 
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser(
         "demo",
         help="see selection at work on a film made on the spot; needs no network and no checkpoint",
@@ -42,99 +56,44 @@ def build_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--retention-ratio",
-        type=_ratio,
+        type=options.ratio,
         default=0.1,
         metavar="R",
         help="share of the video tokens to keep (default: %(default)s)",
     )
 
+
+def _add_ask(commands: argparse._SubParsersAction) -> None:
     ask = commands.add_parser(
         "ask",
-        help="ask a question about a video",
-        description="Asks a Qwen2.5-VL a question about a video, with or without token selection.",
+        help="ask questions about a video",
+        description="Asks a video language model about a video, with or without token selection.",
         epilog=ASK_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    ask.add_argument("video", metavar="VIDEO", help="video file, or a folder of images")
-    ask.add_argument("question", metavar="QUESTION", help="what to ask about it")
-    ask.add_argument(
-        "--model",
-        required=True,
-        metavar="PATH_OR_HUB_ID",
-        help="a Qwen2.5-VL checkpoint, or a whole QTSplus checkpoint",
-    )
-
-    selection = ask.add_argument_group("selection")
+    options.add_video(ask)
+    ask.add_argument("questions", metavar="QUESTION", nargs="+", help="what to ask about it")
+    options.add_model(ask)
+    selection = options.add_budget(ask)
     selection.add_argument(
-        "--method", choices=METHODS, default="qtsplus", help="how tokens are chosen (default: %(default)s)"
+        "--method", choices=options.METHODS, default="qtsplus", help="how tokens are chosen (default: %(default)s)"
     )
-    budget = selection.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--retention-ratio", type=_ratio, metavar="R", help="share of the video tokens to keep, in (0, 1]"
-    )
-    budget.add_argument("--max-tokens", type=_count, metavar="N", help="most video tokens to keep")
-    selection.add_argument(
-        "--selector",
-        metavar="PATH",
-        help="QTSplus selector: a checkpoint folder or hub id, or 'language-model' for an untrained one made from the "
-        "model's own layers (default: the one in --model)",
-    )
-    selection.add_argument(
-        "--positions",
-        choices=("original", "compact"),
-        help="kept tokens keep their places in time and space, or close ranks (default: compact with the selector of "
-        "a whole QTSplus checkpoint, which was trained so; else original)",
-    )
-
-    reading = ask.add_argument_group("reading the video")
-    reading.add_argument(
-        "--fps", type=_rate, default=2.0, help="sampled frames a second, by time stamps (default: %(default)s)"
-    )
-    reading.add_argument(
-        "--max-frames",
-        type=_count,
-        default=768,
-        metavar="N",
-        help="most sampled frames, spread over the whole video (default: %(default)s)",
-    )
-    reading.add_argument(
-        "--max-pixels", type=_count, metavar="N", help="pixels a frame is shrunk to (default: 768 tokens of 28x28)"
-    )
-    reading.add_argument(
-        "--frame-rate", type=_rate, metavar="FPS", help="rate at which a folder's images were taken (default: --fps)"
-    )
-    reading.add_argument(
-        "--reader", choices=("auto", "pyav", "qwen-vl-utils"), default="auto", help="default: PyAV, else qwen-vl-utils"
-    )
-
-    running = ask.add_argument_group("running")
-    running.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    options.add_methods(selection)
+    options.add_reading(ask)
+    running = options.add_running(ask)
     running.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="default: bfloat16 on a GPU, float32 on a CPU",
+        "--max-new-tokens", type=options.count, default=128, metavar="N", help="longest answer (default: %(default)s)"
     )
-    running.add_argument(
-        "--max-new-tokens", type=_count, default=128, metavar="N", help="longest answer (default: %(default)s)"
-    )
-
     output = ask.add_argument_group("output")
     output.add_argument(
         "--json",
         action="store_true",
-        help="one JSON object on stdout: answer, counts, timings, and each kept token's frame, row, column and seconds",
+        help="one JSON object a line and question on stdout: answer, counts, timings, and each kept token's frame, "
+        "row, column and seconds",
     )
     output.add_argument(
         "--save-overlay", metavar="FILE", help="PNG of the kept tokens over the frames, and of relevance over time"
     )
-
-    commands.add_parser(
-        "doctor",
-        help="what is installed, which implementation serves each op and why, and what is missing",
-        description="Says what is installed, which implementation serves each op and why, and how to get the rest.",
-    )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,7 +104,9 @@ def main(argv: list[str] | None = None) -> int:
 
         return doctor.run()
     try:
-        return _run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"qts: {message}", file=sys.stderr)
+            return _run(arguments)
     except KeyboardInterrupt:
         return 130
 
@@ -159,11 +120,17 @@ def _run(arguments: argparse.Namespace) -> int:
             from . import demo
 
             return demo.run(arguments)
-        from . import ask
+        from .loading import CommandError
 
         try:
+            if arguments.command == "plot":
+                from .plot import command
+
+                return command.run(arguments)
+            from . import ask
+
             return ask.run(arguments)
-        except ask.AskError as error:
+        except CommandError as error:
             return _fail(str(error))
     except VideoError as error:
         return _fail(str(error))
@@ -185,27 +152,6 @@ def _quiet() -> None:
         settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-
-
-def _ratio(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], got {text}")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected frames a second above 0, got {text}")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def test_qtsplus_with_its_own_budget(ask, selector):
 
 
 def test_selector_of_a_whole_checkpoint_reads_compact_positions(ask, selector, monkeypatch):
-    from qts_video import ask as module
+    from qts_video import loading as module
     from qts_video.methods import QTSplus
 
     load_model = module.load_model

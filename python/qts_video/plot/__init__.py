@@ -1,0 +1,2 @@
+"""Pictures of relevance and of selections: what ``qts plot`` draws. Drawing is apart from measuring: every ``draw_*``
+takes numbers."""
