@@ -11,10 +11,12 @@ from qts_kernels._version import __version__
 from qts_video.lite import released
 from qts_video.lite.config import DEAD, LiteConfig, family_of, fit_config
 from qts_video.lite.projector import build_projector
+from qts_video.methods.base import Videos
 from qts_video.weights import CONFIG, SINGLE, Checkpoint
 
 if TYPE_CHECKING:
     from qts_video.dropin.layout import Layout
+    from qts_video.flexselect.relevance import Scorer
 
 MODEL_TYPE = "qts_video.LiteSelector"
 # Models that share a tokenizer pad their embeddings differently: Qwen2's 151,646 tokens to 151,936 or 152,064.
@@ -113,6 +115,38 @@ class LiteSelector(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.decoder.embed_tokens.weight.dtype
 
+    def scorer(self, videos: Videos) -> "Scorer":
+        """What scores ``videos`` in the place of the big model's layers: see ``qts_video.flexselect.relevance``.
+
+        Args:
+            videos: with the prefill as ``context``, whose ``vision`` is the input of the big model's projector.
+
+        Raises:
+            TypeError, ValueError: the selector does not fit the model or the prompt: see ``check_fits`` and ``embed``.
+        """
+        from qts_video.flexselect.relevance import Scorer, prompt_positions
+
+        context = videos.context
+        self.check_fits(context.model)
+        if context.vision is None:
+            raise ValueError(
+                "a Lite selector reads the vision tower's features, and videos.context.vision is None: a method that "
+                "uses one must have needs_vision = True"
+            )
+        images = self._image_token_id(context)
+        embeds = self.embed(context.input_ids, context.layout, context.vision, images)
+        batch, length, width = embeds.shape
+
+        def make_inputs(sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
+            rows = sample.unsqueeze(1) * length + columns.clamp(min=0)
+            taken = embeds.reshape(batch * length, width).index_select(0, rows.flatten())
+            return {
+                "inputs_embeds": taken.view(*columns.shape, width),
+                "position_ids": prompt_positions(context, sample, columns),
+            }
+
+        return Scorer(self.decoder, self.config.layers - 1, make_inputs, self.image_columns(context.layout, images))
+
     def check_fits(self, model: nn.Module) -> None:
         """Raise unless this selector is for models like ``model``: TypeError where none fits such a model, ValueError
         for another family or another tokenizer's vocabulary."""
@@ -175,6 +209,11 @@ class LiteSelector(nn.Module):
         images.view(-1)[torch.cat([layout.rows, layout.newline_rows])] = False
         return images
 
+    def _image_token_id(self, context: Any) -> int:
+        if self.config.family == "internvl":  # its videos are images
+            return context.adapter.video_token_id(context.model)
+        return context.model.config.image_token_id
+
     def _check(self, layout: "Layout", vision: torch.Tensor, image_token_id: int) -> None:
         patches, width = self.config.feature_shape
         if vision.ndim != 3 or vision.shape[2] != width or patches not in (None, vision.shape[1]):
@@ -186,7 +225,7 @@ class LiteSelector(nn.Module):
         if (vision.device, vision.dtype) != (self.device, self.dtype):
             raise ValueError(
                 f"the Lite selector is {self.dtype} on {self.device}, the model's vision features are {vision.dtype} "
-                f"on {vision.device}: move it there"
+                f"on {vision.device}: move it there with .to(), or by FlexSelect.lite(..., device=, dtype=)"
             )
         if len(layout.newline_rows) and self.image_newline is None:
             raise ValueError(f"the prompt has newline tokens, and the {self.config.family} family has no image_newline")

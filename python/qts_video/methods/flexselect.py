@@ -2,6 +2,7 @@
 
 import warnings
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +97,41 @@ class FlexSelect:
         self.query = query
         self.set_batch_size = set_batch_size
         self._warned = False
+
+    @classmethod
+    def lite(
+        cls,
+        path_or_id: str | Path,
+        max_tokens: int | None = None,
+        retention_ratio: float | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> "FlexSelect":
+        """FlexSelect-Lite: a small language model of its own scores in the place of the model's layers.
+
+        It must be on the device and in the dtype of the model's vision features.
+
+        Args:
+            path_or_id: what ``LiteSelector.save_pretrained`` wrote, or a released Lite checkpoint; a folder, or an id
+                on the hub.
+            max_tokens, retention_ratio: as above.
+            device, dtype: where to put it: the model's. None: the CPU, and the dtype it was saved in.
+            options: the other arguments of ``FlexSelect``, without ``layer`` and ``selector``.
+
+        Raises:
+            FileNotFoundError, ValueError, RuntimeError: see ``LiteSelector.from_pretrained``.
+        """
+        from qts_video.lite import LiteSelector
+
+        selector = LiteSelector.from_pretrained(path_or_id).to(device, dtype)
+        return cls(max_tokens=max_tokens, retention_ratio=retention_ratio, selector=selector, **options)
+
+    @property
+    def needs_vision(self) -> bool:
+        """Whether ``videos.context.vision`` must hold the input of the model's projector."""
+        return self.selector is not None
 
     @torch.no_grad()
     def select(self, videos: Videos) -> Selection:
