@@ -95,8 +95,8 @@ FAMILY = Family(
             prompt(user(Video(3), [34, 35]), assistant(50, 51), user([36, 37])),
         ],
         "several": [
-            prompt(user(Image(3), Video(3), [30], Video(2), [31, 32])),
             prompt(user([33], Video(11), Image(1), [34])),
+            prompt(user(Image(3), Video(3), [30], Video(2), [31, 32])),
         ],
         "images": [prompt(user(Image(1), [30, 31])), prompt(user(Image(2), Image(1), Image(1), [32, 33, 34]))],
     },
