@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from qts_video import released
+from qts_video.adapters import ADAPTERS
 from qts_video.methods.qtsplus import QTSplus
 from qts_video.weights import Checkpoint
 
-ORDINARY = "qwen2_5_vl"
-KNOWN = f"{ORDINARY} (Qwen2.5-VL) and {released.MODEL_TYPE} (a whole QTSplus checkpoint)"
+KNOWN = f"{', '.join(sorted(ADAPTERS))}, and {released.MODEL_TYPE} (a whole QTSplus checkpoint)"
 
 
 def load_model(
@@ -20,7 +20,8 @@ def load_model(
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
 ) -> tuple[Any, Any, QTSplus | None]:
-    """A Qwen2.5-VL and its processor; with the selector, where the checkpoint is a whole QTSplus one.
+    """A model of any family that has an adapter, and its processor; with the selector, where the checkpoint is a whole
+    QTSplus one.
 
     A QTSplus checkpoint becomes the Hugging Face class itself: its language model and vision tower are mapped into
     ``Qwen2_5_VLForConditionalGeneration``, its selector into ours. None of the code that lies with it is run. It was
@@ -41,7 +42,7 @@ def load_model(
     """
     checkpoint = Checkpoint(path_or_id)
     kind = checkpoint.config.get("model_type")
-    if kind == ORDINARY:
+    if kind in ADAPTERS:
         model, processor = _load_ordinary(checkpoint.name, dtype, attn_implementation)
         selector = None
     elif released.is_released(checkpoint.config):
@@ -56,11 +57,11 @@ def load_model(
 
 
 def _load_ordinary(name: str, dtype: torch.dtype | None, attn_implementation: str | None) -> tuple[Any, Any]:
-    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     name = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype or "auto", **options)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto", **options)
     return model, AutoProcessor.from_pretrained(name)
 
 
