@@ -1,6 +1,5 @@
 """The film that ``qts demo`` watches: a red circle crosses a textured scene, a blue square comes and goes."""
 
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import av
@@ -15,22 +14,16 @@ SQUARE_SHOWS = (5.0, 8.0)
 def make_film(path: str | Path, seed: int = 0) -> Path:
     """Write an mp4 of ``SECONDS`` seconds: H.264 where PyAV can encode it, else MPEG-4."""
     path = Path(path)
+    background = _texture(np.random.default_rng(seed))
     with av.open(str(path), "w") as container:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         stream = container.add_stream(codec, rate=RATE)
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for picture in scenes([number / RATE for number in range(SECONDS * RATE)], seed):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+        for number in range(SECONDS * RATE):
+            frame = av.VideoFrame.from_ndarray(_scene(background, number / RATE), format="rgb24")
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
-
-
-def scenes(seconds: Sequence[float], seed: int = 0) -> Iterator[np.ndarray]:
-    """[H, W, 3] uint8 of each of these moments of the film."""
-    background = _texture(np.random.default_rng(seed))
-    for second in seconds:
-        yield _scene(background, second)
 
 
 def _texture(noise: np.random.Generator) -> np.ndarray:

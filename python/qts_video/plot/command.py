@@ -3,14 +3,20 @@
 import argparse
 import contextlib
 import random
+import shlex
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from qts_video.answer import answer, prepare
+from qts_video.dropin.report import VideoReport
 from qts_video.loading import CommandError, check_methods, choose, given, is_embedded, load, read
+from qts_video.video import Video
 
 from . import needle as needles
 from .heatmap import heatmap_page
@@ -83,7 +89,7 @@ def _timeline(arguments: argparse.Namespace) -> tuple[Page, list[str]]:
 
 def _recall(arguments: argparse.Namespace) -> tuple[Page, list[str]]:
     trials = _check_needle(arguments)
-    video = needles.make_haystack(arguments.fps) if arguments.video is None else read(arguments)
+    video = _read_haystack(arguments)
     height, width = video.frames.shape[-2:]
     picture = None if arguments.needle is None else needles.read_needle(arguments.needle, height, width)
     model, processor, _ = load(arguments)
@@ -103,7 +109,7 @@ def _recall(arguments: argparse.Namespace) -> tuple[Page, list[str]]:
                 f"token grid, the model made {one.grid[0]}"
             )
         tokens = one.grid[1] * one.grid[2]
-        planted = _span(step, tokens)
+        planted = torch.arange(step * tokens, (step + 1) * tokens)
         for layer, scores in probe.relevance.items():
             recalls[layer].append(recall_at_k(scores, planted))
     page = recall_page(
@@ -114,10 +120,21 @@ def _recall(arguments: argparse.Namespace) -> tuple[Page, list[str]]:
         subtitle=_subtitle(
             arguments,
             f"One step of {steps} in {Path(video.source).name} is replaced by a picture that the question is about; "
-            f"{trials} of them, seed {arguments.seed}{probe}",
+            f"trials {trials}, seed {arguments.seed}{probe}",
         ),
     )
     return page, _found(arguments, page, recalls)
+
+
+def _read_haystack(arguments: argparse.Namespace) -> Video:
+    """The video, or the demo's film."""
+    if arguments.video is not None:
+        return read(arguments)
+    from qts_video.film import make_film
+
+    with tempfile.TemporaryDirectory() as folder:
+        film = make_film(Path(folder) / "film.mp4")
+        return replace(read(argparse.Namespace(**vars(arguments) | {"video": str(film)})), source="the demo's film")
 
 
 def _check_needle(arguments: argparse.Namespace) -> int:
@@ -130,24 +147,19 @@ def _check_needle(arguments: argparse.Namespace) -> int:
     return 1 if same else arguments.trials or TRIALS
 
 
-def _step(video: Any, seconds: float, per_step: int) -> int:
+def _step(video: Video, seconds: float, per_step: int) -> int:
     try:
         return needles.step_at(video, seconds, per_step)
     except ValueError as error:
         raise CommandError(str(error)) from error
 
 
-def _span(step: int, tokens: int) -> Any:
-    import torch
-
-    return torch.arange(step * tokens, (step + 1) * tokens)
-
-
 def _found(arguments: argparse.Namespace, page: Page, recalls: dict[int, list[float]]) -> list[str]:
     table, best = page.tables[0], best_layer(recalls)
     lines = [table.caption, *("  ".join(cell.rjust(7) for cell in row) for row in (table.header, *table.rows))]
     options = "".join(f" --{name.replace('_', '-')} {value}" for name, value in _relevance(arguments).items())
-    return [*lines, f"best layer: {best}", f"use it: qts ask ... --method flexselect --layer {best}{options}"]
+    use = f"qts ask VIDEO QUESTION --model {shlex.quote(arguments.model)} --method flexselect --layer {best}{options}"
+    return [*lines, f"best layer: {best}", f"use it: {use}"]
 
 
 def _probe(arguments: argparse.Namespace, model: Any, default: int | None) -> Probe:
@@ -163,7 +175,7 @@ def _relevance(arguments: argparse.Namespace) -> dict[str, Any]:
     return given(arguments, "reduce", "query", "frames_per_set")
 
 
-def _look(model: Any, processor: Any, video: Any, question: str, probe: Probe) -> Any:
+def _look(model: Any, processor: Any, video: Video, question: str, probe: Probe) -> VideoReport:
     """Run ``probe`` on the prompt; the report of the video."""
     inputs = prepare(processor, video, question)
     return answer(model, processor, inputs, probe, max_new_tokens=1).report.videos[0]

@@ -23,24 +23,6 @@ COLOURS = {"yellow": (250, 220, 30), "purple": (140, 50, 190), "orange": (250, 1
 PAPERS = ((255, 255, 255), (12, 12, 12))
 
 
-def make_haystack(fps: float) -> Video:
-    """The demo's film, sampled ``fps`` times a second."""
-    from qts_video import film
-
-    seconds = np.arange(0, film.SECONDS, 1 / fps)
-    frames = torch.from_numpy(np.stack(list(film.scenes(seconds.tolist())))).permute(0, 3, 1, 2)
-    return Video(
-        frames=frames.contiguous(),
-        seconds=seconds.tolist(),
-        sampled_fps=fps,
-        frame_indices=list(range(len(seconds))),
-        total_frames=len(seconds),
-        duration=film.SECONDS,
-        source="the demo's film",
-        backend="made",
-    )
-
-
 def make_needle(height: int, width: int, chance: random.Random) -> tuple[torch.Tensor, str]:
     """A frame [3, height, width] uint8 filled by a shape in one colour, and a question about it."""
     from PIL import Image, ImageDraw

@@ -1,0 +1,552 @@
+"""The pictures say what the numbers say, and the command measures what it draws."""
+
+import argparse
+import random
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from video.clips import write_clip
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from PIL import Image
+from qts_video.cli import main
+from qts_video.dropin.report import VideoReport
+from qts_video.plot import needle
+from qts_video.plot.heatmap import OPACITY, draw_heatmap, heatmap_page, laid_over, relative_scores, round_ticks
+from qts_video.plot.layers import layer_ranges, resolve_layers
+from qts_video.plot.page import Page, Table, check_output, write
+from qts_video.plot.recall import best_layer, draw_recall, recall_at_k, recall_page
+from qts_video.plot.sheet import PAPER, Sheet, theme
+from qts_video.plot.timeline import MAX_BARS, draw_timeline, timeline, timeline_page
+from qts_video.video import Video, VideoError, read_video
+
+
+class TestRecall:
+    @pytest.mark.parametrize(
+        ("scores", "planted", "expected"),
+        [
+            ([0.1, 0.9, 0.8, 0.2], [1, 2], 1.0),
+            ([0.1, 0.9, 0.8, 0.2], [2, 3], 0.5),
+            ([0.1, 0.9, 0.8, 0.2], [0, 3], 0.0),
+            ([0.5, 0.5, 0.5, 0.5], [0, 1], 1.0),  # of equal scores the earlier token comes first
+            ([0.5, 0.5, 0.5, 0.5], [1, 2], 0.5),
+            ([0.5, 0.5, 0.5, 0.5], [2, 3], 0.0),
+            ([0.3, 0.9, 0.3, 0.3], [1, 2, 3], 2 / 3),
+            ([1.0], [0], 1.0),
+        ],
+    )
+    def test_by_hand(self, scores, planted, expected):
+        assert recall_at_k(torch.tensor(scores), torch.tensor(planted)) == expected
+
+    @pytest.mark.parametrize("planted", [[], [4], [-1], [0, 1, 2, 3, 3]])
+    def test_no_needle(self, planted):
+        with pytest.raises(ValueError, match="needle must be 1 to 4 indices of 4 tokens"):
+            recall_at_k(torch.zeros(4), torch.tensor(planted, dtype=torch.int64))
+
+    def test_best_layer_is_the_earliest_of_equal_means(self):
+        assert best_layer({9: [0.5, 0.5], 4: [1.0, 0.0], 2: [0.4, 0.4]}) == 4
+        assert best_layer({0: [0.0], 1: [0.0]}) == 0
+
+    def test_table_and_line(self):
+        recalls = {0: [0.25, 0.75], 3: [1.0, 0.5], 1: [0.0, 0.0]}
+        page = recall_page(recalls, 4, 0.1, title="t")
+        assert page.tables[0].rows == [
+            ["0", "50.0 %", "25.0 %", "75.0 %"],
+            ["1", "0.0 %", "0.0 %", "0.0 %"],
+            ["3", "75.0 %", "50.0 %", "100.0 %"],
+        ]
+        assert page.tables[0].caption == "Recall@4 over 2 trials; chance is 10.0 %"
+        axes = draw_recall(recalls, 4, 0.1).axes[0]
+        lines = {line.get_label(): line for line in axes.lines}
+        np.testing.assert_array_equal(lines["mean"].get_xdata(), [0, 1, 3])
+        np.testing.assert_array_equal(lines["mean"].get_ydata(), [50, 0, 75])
+        assert lines["chance, 10.0 %"].get_ydata()[0] == pytest.approx(10)
+        assert [text.get_text() for text in axes.texts] == ["layer 3: 75.0 %"]
+
+
+class TestLayers:
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("all", [0, 1, 2, 3, 4, 5]),
+            ("4", [4]),
+            ("0, 4,1", [0, 1, 4]),
+            ("1:3", [1, 2]),
+            (":2", [0, 1]),
+            ("4:", [4, 5]),
+            ("2:4,3,0", [0, 2, 3]),
+        ],
+    )
+    def test_names(self, text, expected):
+        assert resolve_layers(layer_ranges(text), 6, default=2) == expected
+
+    @pytest.mark.parametrize(("default", "expected"), [(1, [3]), (2, [1, 4]), (3, [1, 3, 5]), (6, list(range(6)))])
+    def test_default_is_spread_over_the_depth(self, default, expected):
+        assert resolve_layers(None, 6, default=default) == expected
+        assert resolve_layers(None, 1, default=default) == [0]
+
+    @pytest.mark.parametrize("text", ["", "a", "1,", "-1", "1:2:3", "1.5", "all,1"])
+    def test_no_names(self, text):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected 'all', numbers"):
+            layer_ranges(text)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [("6", "layer 6: the model has layers 0 to 5"), ("2:7", "layer 6: the"), ("3:3", "layers 3:3 are none")],
+    )
+    def test_out_of_range(self, text, message):
+        with pytest.raises(ValueError, match=message):
+            resolve_layers(layer_ranges(text), 6, default=2)
+
+
+class TestHeatmap:
+    def test_scores_are_multiples_of_their_layers_mean(self):
+        relative = relative_scores({5: torch.tensor([1.0, 3.0]), 2: torch.tensor([4e-6, 4e-6])}, (2, 1, 1))
+        assert list(relative) == [2, 5]
+        np.testing.assert_allclose(relative[5].ravel(), [0.5, 1.5], rtol=1e-12)
+        np.testing.assert_allclose(relative[2].ravel(), [1, 1], rtol=1e-12)
+
+    @pytest.mark.parametrize(
+        ("scores", "message"),
+        [
+            ([1.0], "layer 3 has 1 scores"),
+            ([0.0, 0.0], "layer 3: relevance must be"),
+            ([1.0, -1.0], "layer 3: relevance must be"),
+            ([1.0, float("nan")], "layer 3: relevance must be"),
+        ],
+    )
+    def test_no_scores(self, scores, message):
+        with pytest.raises(ValueError, match=message):
+            relative_scores({3: torch.tensor(scores)}, (1, 1, 2))
+
+    def test_colour_lies_over_its_own_block(self):
+        picture = np.random.default_rng(0).integers(0, 255, (31, 50, 3)).astype(np.uint8)
+        heat = np.random.default_rng(1).random((3, 5, 3))
+        mixed = laid_over(picture, heat)
+        for y, x in ((0, 0), (30, 49), (11, 9), (15, 10)):
+            grey = picture[y, x] @ [0.299, 0.587, 0.114] / 255
+            expected = OPACITY * heat[y * 3 // 31, x * 5 // 50] + (1 - OPACITY) * grey
+            np.testing.assert_allclose(mixed[y, x], expected, rtol=1e-12)
+
+    def test_the_hottest_token_has_the_hottest_colour_in_its_layer_and_step(self):
+        from matplotlib import colormaps
+
+        scores = torch.ones(2, 2, 4)
+        scores[1, 0, 3] = 9
+        white = torch.full((4, 3, 20, 40), 255, dtype=torch.uint8)
+        relative = relative_scores({0: torch.ones(16), 7: scores.flatten()}, (2, 2, 4))
+        figure = draw_heatmap(white, torch.tensor([0.0, 1.0]), relative)
+        *panels, _ = figure.axes  # the last one is the scale
+        assert [axes.get_ylabel() for axes in panels] == ["frame", "layer 0", "layer 7", "", "", ""]
+        assert [axes.get_xlabel() for axes in panels] == ["0.0 s", "", "0.0 s", "1.0 s", "", "1.0 s"]
+        hot = OPACITY * np.array(colormaps["viridis"](1.0)[:3]) + (1 - OPACITY)
+        for number in (1, 2, 4, 5):
+            near = np.isclose(panels[number].images[0].get_array(), hot, atol=1e-6).all(axis=2)
+            expected = np.zeros((20, 40), bool)
+            expected[:10, 30:] = number == 5
+            np.testing.assert_array_equal(near, expected)
+
+    @pytest.mark.parametrize(
+        ("least", "most", "expected"),
+        [
+            (0.9, 1.35, [0.9, 1.0, 1.1, 1.2, 1.3]),
+            (0.001, 10, [0.001, 0.01, 0.1, 1, 10]),
+            (0.3, 7, [0.5, 1, 2, 5]),
+        ],
+    )
+    def test_ticks(self, least, most, expected):
+        assert round_ticks(least, most) == pytest.approx(expected)
+
+    @pytest.mark.parametrize(("grid", "frames"), [((1, 2, 2), 1), ((3, 7, 4), 5), ((30, 2, 3), 60)])
+    @pytest.mark.parametrize("layers", [1, 3])
+    def test_every_shape(self, grid, frames, layers):
+        steps, rows, columns = grid
+        scores = {layer: torch.rand(steps * rows * columns) for layer in range(layers)}
+        scores[0] = torch.ones(steps * rows * columns)
+        pictures = torch.randint(0, 255, (frames, 3, 28 * rows, 28 * columns), dtype=torch.uint8)
+        page = heatmap_page(pictures, torch.arange(steps) * 0.5, scores, grid, title="a " * 200, max_panels=4)
+        figure = page.draw(page.title, page.subtitle)
+        figure.canvas.draw()
+        assert len(figure.axes) == min(4, steps) * (layers + 1) + 1
+        assert [row[0] for row in page.tables[0].rows] == [f"{step * 0.5:.1f} s" for step in range(steps)]
+
+
+def report(indices, grid=(4, 1, 3), step=0.5, scores=None, **newlines) -> VideoReport:
+    steps, rows, columns = grid
+    indices = torch.tensor(indices, dtype=torch.int64)
+    frame = indices // (rows * columns)
+    return VideoReport(
+        sample=0,
+        grid=grid,
+        indices=indices,
+        frame=frame,
+        row=indices // columns % rows,
+        column=indices % columns,
+        seconds=frame * step,
+        frame_seconds=torch.arange(steps) * step,
+        scores=scores,
+        **newlines,
+    )
+
+
+class TestTimeline:
+    def test_tokens_a_second(self):
+        scores = torch.tensor([0, 0, 0.1, 0, 0.3, 0, 0.2, 0, 0, 0.7, 0.8, 0.9])
+        one = timeline("x", report([0, 1, 2, 6, 11], scores=scores))
+        assert one.width == 0.5
+        np.testing.assert_array_equal(one.starts, [0, 0.5, 1, 1.5])
+        np.testing.assert_array_equal(one.counts, [3, 0, 1, 1])
+        np.testing.assert_array_equal(one.rates, [6, 0, 2, 2])
+        np.testing.assert_allclose(one.relevance, [0.1, 0.3, 0.2, 0.9], rtol=1e-6)
+        assert one.heading == "x: 5 of 12 video tokens (41.7%)"
+        page = timeline_page([one, timeline("y", report([0]))], title="t")
+        assert page.tables[0].header == ["from", "x: kept tokens", "x: largest relevance", "y: kept tokens"]
+        assert page.tables[0].rows[2] == ("1.0 s", "1", "0.2", "0")
+
+    def test_newlines_count(self):
+        assert timeline("x", report([0], newlines=4, kept_newlines=1)).heading.startswith("x: 2 of 16 ")
+
+    def test_a_long_video_has_steps_in_common_bars(self):
+        steps = 2 * MAX_BARS + 1
+        scores = torch.arange(steps * 2.0)
+        one = timeline("x", report([0, 3, 4, 2 * steps - 1], (steps, 1, 2), scores=scores))
+        assert len(one.starts) == MAX_BARS * 2 // 3 + 1
+        assert one.width == 1.5
+        assert one.counts[:3].tolist() == [3, 0, 0]
+        assert one.counts[-1] == 1
+        assert one.relevance[0] == 5
+
+    def test_drawn(self):
+        scores = torch.rand(12)
+        rows = [timeline("x", report([0, 1, 5], scores=scores)), timeline("y", report([3]))]
+        first, second, curve = _by_kind(draw_timeline(rows))
+        assert [bar.get_height() for bar in first.patches] == [4, 2, 0, 0]
+        assert [bar.get_height() for bar in second.patches] == [0, 2, 0, 0]
+        assert first.get_ylim() == second.get_ylim()
+        np.testing.assert_allclose(curve.lines[0].get_ydata(), scores.view(4, 3).amax(1), rtol=1e-6)
+
+    def test_one_step_and_nothing_kept(self):
+        one = timeline("x", report([], (1, 1, 3)))
+        assert one.counts.tolist() == [0]
+        draw_timeline([one]).canvas.draw()
+
+
+def _by_kind(figure) -> list:
+    """Axes with bars, then those with lines."""
+    return sorted(figure.axes, key=lambda axes: not axes.patches)
+
+
+class _Reader(HTMLParser):
+    """What an HTML page shows and what it asks for."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.cells, self.wanted, self.scripts, self.images, self._in = [], [], 0, [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self._in = tag
+        self.wanted += [values[name] for name in ("src", "srcset", "href") if name in values]
+        self.scripts += tag == "script"
+        if tag == "img":
+            self.images.append(values)
+
+    def handle_endtag(self, tag):
+        self._in = ""
+
+    def handle_data(self, data):
+        if self._in in ("th", "td"):
+            self.cells.append(data)
+
+
+class TestPage:
+    @pytest.fixture
+    def page(self):
+        table = Table("<caption>", ("time", "a & b"), [("0.0 s", "0.123"), ("1.0 s", "45,678")])
+        return Page("<i>title</i>", "line\n& line", lambda t, s: Sheet(2.0, t, s).figure, 'It "shows" nothing', [table])
+
+    def test_png(self, page, tmp_path):
+        path = write(tmp_path / "new" / "a.png", page)
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert image.width == 1500
+            assert 200 < image.height < 350
+
+    def test_html_is_one_file_that_holds_the_numbers(self, page, tmp_path):
+        text = write(tmp_path / "a.HTML", page).read_text()
+        said = _Reader(text)
+        assert said.cells == ["time", "a & b", "0.0 s", "0.123", "1.0 s", "45,678"]
+        assert len(said.wanted) == 2
+        assert all(want.startswith("data:image/png;base64,") for want in said.wanted)
+        assert said.scripts == 0
+        assert "url(" not in text
+        assert "<i>" not in text
+        assert said.images[0]["alt"] == 'It "shows" nothing'
+        assert list(tmp_path.iterdir()) == [tmp_path / "a.HTML"]
+
+    def test_html_has_a_light_and_a_dark_picture(self, page, tmp_path):
+        import base64
+        import io
+
+        dark, light = _Reader(write(tmp_path / "a.html", page).read_text()).wanted
+        for data, colours in ((light, "light"), (dark, "dark")):
+            with Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))) as image:
+                assert "#{:02x}{:02x}{:02x}".format(*image.convert("RGB").getpixel((0, 0))) == PAPER[colours]
+
+    @pytest.mark.parametrize("name", ["a.jpg", "a", "png", "a.png.txt"])
+    def test_other_suffixes(self, name, tmp_path, page):
+        with pytest.raises(ValueError, match=r"expected a name that ends in \.png or \.html"):
+            check_output(name)
+        with pytest.raises(ValueError, match="expected a name"):
+            write(tmp_path / name, page)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_the_users_own_figures_keep_their_colours(self):
+        import matplotlib
+
+        before = dict(matplotlib.rcParams)
+        with theme("dark"):
+            assert matplotlib.rcParams["figure.facecolor"] == PAPER["dark"]
+        assert dict(matplotlib.rcParams) == before
+
+
+def video(count=6, **options) -> Video:
+    values = {
+        "frames": torch.zeros(count, 3, 20, 40, dtype=torch.uint8),
+        "seconds": [0.5 * i for i in range(count)],
+        "sampled_fps": 2.0,
+        "frame_indices": list(range(count)),
+        "total_frames": count,
+        "duration": 0.5 * count,
+        "source": "a.mp4",
+        "backend": "test",
+    }
+    return Video(**values | options)
+
+
+class TestNeedle:
+    def test_planted_in_every_frame_of_its_step_and_nowhere_else(self):
+        before = video(5)
+        after = needle.plant(before, torch.full((3, 20, 40), 7, dtype=torch.uint8), 1, 2)
+        assert after.frames.flatten(1).amax(1).tolist() == [0, 0, 7, 7, 0]
+        assert before.frames.max() == 0
+        last = needle.plant(before, torch.full((3, 20, 40), 7, dtype=torch.uint8), 2, 2)
+        assert last.frames.flatten(1).amax(1).tolist() == [0, 0, 0, 0, 7]
+
+    @pytest.mark.parametrize(
+        ("seconds", "per_step", "expected"), [(0, 1, 0), (0.49, 1, 0), (0.5, 1, 1), (1.2, 2, 1), (2.9, 1, 5)]
+    )
+    def test_step_at(self, seconds, per_step, expected):
+        assert needle.step_at(video(), seconds, per_step) == expected
+
+    def test_step_behind_the_end(self):
+        with pytest.raises(ValueError, match=r"--at 3: a.mp4 has 3.0 seconds"):
+            needle.step_at(video(), 3, 1)
+
+    def test_made_ones_fill_the_frame_in_the_colour_asked_for(self):
+        seen = set()
+        for seed in range(40):
+            picture, question = needle.make_needle(56, 84, random.Random(seed))
+            assert picture.shape == (3, 56, 84)
+            shape = re.fullmatch(r"Which colour is the (\w+)\?", question)[1]
+            pixels, counts = picture.flatten(1).T.unique(dim=0, return_counts=True)
+            colours = [tuple(pixel) for pixel in pixels.tolist()]
+            [colour] = set(colours) & set(needle.COLOURS.values())
+            [paper] = set(colours) & set(needle.PAPERS)
+            assert counts.sum() == counts[colours.index(colour)] + counts[colours.index(paper)]
+            assert counts[colours.index(colour)] > 0.15 * 56 * 84
+            seen.add((shape, colour))
+        assert {shape for shape, _ in seen} == set(needle.SHAPES)
+        assert {colour for _, colour in seen} == set(needle.COLOURS.values())
+        first, again = (needle.make_needle(28, 28, random.Random(3)) for _ in range(2))
+        assert torch.equal(first[0], again[0])
+        assert first[1] == again[1]
+
+    def test_read_ones_keep_their_shape(self, tmp_path):
+        Image.new("RGB", (10, 10), (9, 99, 199)).save(tmp_path / "a.png")
+        picture = needle.read_needle(tmp_path / "a.png", 20, 40)
+        assert picture.shape == (3, 20, 40)
+        assert picture[:, :, 10:30].flatten(1).unique(dim=1).T.tolist() == [[9, 99, 199]]
+        assert picture[:, :, :10].max() == picture[:, :, 30:].max() == 0
+
+    def test_no_picture(self, tmp_path):
+        with pytest.raises(VideoError, match=r"needle .*b\.png: no such file"):
+            needle.read_needle(tmp_path / "b.png", 20, 40)
+        (tmp_path / "c.png").write_text("text")
+        with pytest.raises(VideoError, match=r"needle .*c\.png: not a picture"):
+            needle.read_needle(tmp_path / "c.png", 20, 40)
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    return str(write_clip(tmp_path_factory.mktemp("film") / "a.mp4", frames=36, rate=12, size=(112, 84)))
+
+
+@pytest.fixture(scope="module")
+def embedded_model():
+    from qts_video import embedded
+
+    return embedded.build()
+
+
+@pytest.fixture
+def plot(embedded_model, monkeypatch, capsys, tmp_path):
+    """``qts plot ARGUMENTS --model embedded --output FILE``; the model is built once."""
+    from qts_video import embedded
+
+    monkeypatch.setattr(embedded, "build", lambda *_: embedded_model)
+
+    def run(*arguments: str, output: str = "a.png"):
+        path = tmp_path / output
+        status = main(["plot", *arguments, "--model", "embedded", "--output", str(path)])
+        out, err = capsys.readouterr()
+        return status, out, err, path
+
+    return run
+
+
+class TestCommand:
+    def test_heatmap(self, plot, film):
+        status, out, err, path = plot("heatmap", film, "What moves?", "--layers", "0,2:", "--frames", "2")
+        assert status == 0
+        assert out == f"picture {path}\n"
+        assert "means nothing" in err
+        with Image.open(path) as image:
+            assert image.width == 1500
+
+    def test_heatmap_shows_flexselects_scores(self, plot, film, embedded_model):
+        """Every cell of the table, against what the method itself reports."""
+        from qts_video.answer import answer, prepare
+        from qts_video.methods import FlexSelect
+
+        _, _, _, path = plot("heatmap", film, "What moves?", "--layers", "1,3", "--reduce", "mean", output="a.html")
+        cells = _Reader(path.read_text()).cells
+        assert cells[:3] == ["time", "layer 1", "layer 3"]
+        model, processor = embedded_model
+        inputs = prepare(processor, read_video(film, fps=2), "What moves?")
+        for column, layer in ((1, 1), (2, 3)):
+            with pytest.warns(UserWarning, match="costs more than it saves"):
+                result = answer(model, processor, inputs, FlexSelect(layer, 4, reduce="mean"), max_new_tokens=1)
+            scores = result.report.videos[0].scores.double().view(3, 12)
+            expected = [f"{value:.3g}" for value in (scores / scores.mean()).amax(1).tolist()]
+            assert [cells[3 * (1 + step) + column] for step in range(3)] == expected
+
+    def test_timeline(self, plot, film):
+        status, out, _, path = plot(
+            *("timeline", film, "What moves?", "Where?", "--method", "uniform,flexselect", "--layer", "2"),
+            *("--max-tokens", "5"),
+            output="a.html",
+        )
+        assert status == 0
+        assert out.splitlines() == [
+            "uniform, “What moves?”: 5 of 36 video tokens (13.9%)",
+            "flexselect, “What moves?”: 5 of 36 video tokens (13.9%)",
+            "uniform, “Where?”: 5 of 36 video tokens (13.9%)",
+            "flexselect, “Where?”: 5 of 36 video tokens (13.9%)",
+            f"picture {path}",
+        ]
+        cells = _Reader(path.read_text()).cells
+        rows = [cells[start : start + 7] for start in range(7, len(cells), 7)]
+        assert [row[0] for row in rows] == ["0.0 s", "1.0 s", "2.0 s"]
+        for column in (1, 2, 4, 5):
+            assert sum(int(row[column]) for row in rows) == 5
+
+    def test_recall_of_a_layer_that_knows(self, plot, monkeypatch):
+        """Scores that are large where a frame is unlike the others find the needle, wherever it is; zeros find the
+        tokens that come first."""
+
+        def unlike(videos, layers, **options):
+            assert options == {"reduce": "mean"}
+            steps = videos.tokens.view(videos.grids[0][0], -1)
+            strange = (steps - steps.median(0).values).square().mean(1)
+            found = strange.repeat_interleave(len(videos.tokens) // len(steps))
+            return {layer: found if layer in (1, 3) else torch.zeros_like(found) for layer in layers}
+
+        monkeypatch.setattr("qts_video.flexselect.relevance.relevance_by_layer", unlike)
+        status, out, _, path = plot(
+            *("recall", "--fps", "1", "--max-pixels", str(84 * 140), "--trials", "3", "--seed", "2", "--reduce", "mean")
+        )
+        assert status == 0
+        lines = out.splitlines()
+        assert lines[0] == "Recall@10 over 3 trials; chance is 16.7 %"
+        table = {line.split()[0]: re.findall(r"[\d.]+ %", line) for line in lines[2:6]}
+        assert table["1"] == table["3"] == ["100.0 %"] * 3
+        assert table["0"] == table["2"]
+        assert table["0"][0] in ("0.0 %", "33.3 %")
+        assert lines[6:] == [
+            "best layer: 1",
+            "use it: qts ask VIDEO QUESTION --model embedded --method flexselect --layer 1 --reduce mean",
+            f"picture {path}",
+        ]
+
+    def test_recall_in_a_film_of_ones_own(self, plot, film, tmp_path):
+        Image.new("RGB", (50, 50), (200, 10, 90)).save(tmp_path / "needle.png")
+        options = ("--needle", str(tmp_path / "needle.png"), "--question", "Which colour?")
+        status, out, _, path = plot("recall", film, *options, "--at", "1.2", "--layers", "0,3", output="a.html")
+        assert status == 0
+        assert "Recall@12 over 1 trial; chance is 33.3 %" in out
+        assert len(_Reader(path.read_text()).cells) == 4 * 3
+        _, again, _, _ = plot("recall", film, *options, "--at", "1.9", "--layers", "0,3", output="a.html")
+        assert again == out  # the same step of the grid
+
+    def test_seeds(self, plot, film):
+        first, second, other = (
+            plot("recall", film, "--trials", "1", "--seed", seed, "--max-frames", "4")[1] for seed in ("5", "5", "6")
+        )
+        assert first == second
+        assert first != other
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["heatmap", "FILM", "What?", "--layers", "1,4"], ["--layers", "layer 4", "layers 0 to 3"]),
+            (["heatmap", "FILM", "What?", "--frames", "17"], ["--frames", "16"]),
+            (["heatmap", "none.mp4", "What?"], ["none.mp4", "no such file"]),
+            (["timeline", "FILM", "What?"], ["holds no selector"]),
+            (["timeline", "FILM", "What?", "--method", "flexselect", "--layer", "4"], ["layer of 0 .. 3"]),
+            (["timeline", "FILM", "What?", "--method", "uniform", "--layer", "1"], ["--layer", "flexselect"]),
+            (["recall", "FILM", "--needle", "a.png"], ["--needle", "--question"]),
+            (["recall", "FILM", "--needle", "none.png", "--question", "What?"], ["none.png", "no such file"]),
+            (["recall", "FILM", "--at", "3.5"], ["--at 3.5", "3.0 seconds"]),
+            (
+                ["recall", "FILM", "--needle", "a.png", "--question", "What?", "--at", "1", "--trials", "2"],
+                ["--trials", "same one"],
+            ),
+        ],
+    )
+    def test_no(self, plot, film, arguments, words):
+        status, out, err, path = plot(*[film if word == "FILM" else word for word in arguments])
+        said = err.splitlines()[-1]
+        assert (status, out) == (2, "")
+        assert said.startswith("qts: ")
+        assert all(word in said for word in words)
+        assert not path.exists()
+
+    @pytest.mark.parametrize("picture", [["heatmap", "none.mp4", "What?"], ["timeline", "none.mp4", "?"], ["recall"]])
+    def test_a_wrong_suffix_is_told_before_the_work(self, plot, picture):
+        status, _, err, _ = plot(*picture, output="a.jpg")
+        assert status == 2
+        assert err.startswith("qts: output ")
+        assert err.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["heatmap", "a.mp4", "?", "--layers", "x"],
+            ["timeline", "a.mp4", "?", "--method", "none"],
+            ["timeline", "a.mp4", "?", "--method", "uniform,uniform"],
+            ["recall", "--at", "-1"],
+            ["recall", "--trials", "0"],
+        ],
+    )
+    def test_options(self, plot, arguments, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            plot(*arguments)
+        assert stopped.value.code == 2
+        assert arguments[-2] in capsys.readouterr().err
