@@ -8,8 +8,9 @@ import pytest
 import torch
 from video.clips import write_clip
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
+import transformers
 from qts_video import attach, embedded
 from qts_video.answer import answer, prepare
 from qts_video.checkpoints import load_model
@@ -125,10 +126,10 @@ def inputs(family, video):
 
 
 def test_the_prompt(family, inputs):
-    name, model, processor = family
-    expected = FAMILIES[name]
-    text = processor.tokenizer.decode(inputs["input_ids"][0])
-    runs = re.sub(f"(?:{re.escape(expected.placeholder)})+", lambda run: f"<{run[0].count(expected.placeholder)}>", text)
+    expected, tokenizer = FAMILIES[family[0]], family[2].tokenizer
+    text = tokenizer.decode(inputs["input_ids"][0])
+    token = expected.placeholder
+    runs = re.sub(f"(?:{re.escape(token)})+", lambda run: f"<{run[0].count(token)}>", text)
     assert runs == expected.prompt
     assert inputs.seconds_per_step == (0.5 if expected.seconds_from == "given" else None)
 
