@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qts_video.adapters import Adapter
+from qts_video.cache import VideoCache
 from qts_video.dropin.checks import check_selection
 from qts_video.dropin.decode import check_continuation, translate_decoder_inputs
 from qts_video.dropin.dropped import forget_if_reset, recall, remember
@@ -19,23 +20,31 @@ from qts_video.dropin.question import find_question
 from qts_video.dropin.report import Report
 from qts_video.dropin.shorten import kept_columns
 from qts_video.dropin.stopwatch import Stopwatch
+from qts_video.dropin.vision import VideoEncoder
 from qts_video.methods.base import Selector
 
 ATTRIBUTE = "_qts_video_attachment"
+_OWN_MASKS = "_prepare_4d_causal_attention_mask_with_cache_position"
 
 
 class Attachment:
     """A selector in a model. Hooks on four modules, and two methods of instances that have no hook of their
     own: ``generate`` of the model (to refuse what can't work, and to see the inputs that it takes away) and
-    ``create_masks_for_generate`` of its generator (so that masks built ahead for a compileable cache fit the
-    shortened sequence). ``remove`` undoes it all.
+    ``create_masks_for_generate`` of its generator, or the one of its own that it has instead (so that masks built
+    ahead for a compileable cache fit the shortened sequence). ``remove`` undoes it all.
 
     Hooks and methods are bound to this object, so that a deep copy of the model gets an attachment of its
     own.
     """
 
     def __init__(
-        self, model: nn.Module, selector: Selector, adapter: Adapter, tokenizer: Any | None, compact: bool
+        self,
+        model: nn.Module,
+        selector: Selector,
+        adapter: Adapter,
+        tokenizer: Any | None,
+        compact: bool,
+        cache: VideoCache | None = None,
     ) -> None:
         self.model, self.selector, self.adapter, self.tokenizer = model, selector, adapter, tokenizer
         self.compact = compact
@@ -60,6 +69,13 @@ class Attachment:
             (self.generator, "create_masks_for_generate", self._create_masks),
             (model, ATTRIBUTE, self),
         ]
+        self._unhooked_own_masks = getattr(self.generator, _OWN_MASKS, None)
+        if self._unhooked_own_masks is not None:
+            methods.append((self.generator, _OWN_MASKS, self._create_own_masks))
+        self.needs_vision = getattr(selector, "needs_vision", False)
+        if self.needs_vision or cache is not None:
+            encoder = VideoEncoder(model, adapter, cache, self._keep_vision if self.needs_vision else None)
+            methods.append((self.parts.base, adapter.video_encoder, encoder))
         self._replaced = [(module, name, module.__dict__.get(name)) for module, name, _ in methods]
         base, decoder, vision = self.parts.base, self.parts.decoder, self.parts.vision
         self._hooks = [
@@ -277,6 +293,7 @@ class Attachment:
             find_question=lambda video: self._question_columns(layout, layout.sample[video]),
             decoder_inputs=inputs,
             copies=copies,
+            vision=self._vision(call) if self.needs_vision else None,
         )
         self._selecting = True
         try:
@@ -310,6 +327,23 @@ class Attachment:
         )
         self._stopwatch.start("prefill", embeds.device)
         return inputs
+
+    def _keep_vision(self, features: torch.Tensor) -> None:
+        holder = self._generation if self._call is None else self._call
+        if holder is not None and not self._selecting:
+            holder.vision = features
+
+    def _vision(self, call: Call) -> torch.Tensor:
+        """What went into the projector, of every sample once."""
+        features = call.vision
+        if features is None and self._generation is not None:
+            features = self._generation.vision
+        if features is None:
+            raise RuntimeError(
+                f"{self.selector.name} needs the vision tower's features, but the videos were encoded before this "
+                "call: give their pixels"
+            )
+        return self.adapter.vision_in_order(self.model, features, call.layout, call.copies)
 
     def _questions(self, call: Call) -> list[torch.Tensor]:
         """The question of each video: token ids [L] on the CPU."""
@@ -358,7 +392,7 @@ class Attachment:
         if not self._selecting:
             self._stopwatch.stop("vision", next(module.parameters()).device)
 
-    # Two methods of the model.
+    # Methods of the model.
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
         if self._selecting:
@@ -383,26 +417,33 @@ class Attachment:
             raise RuntimeError(f"{self.selector.name} is attached, but selected nothing: generate() ran past its hooks")
         return output
 
-    def _create_masks(self, *args: Any, **kwargs: Any) -> Any:
-        """Masks for a compileable cache, which generate() makes before the model runs.
-
-        At a prefill with videos the mask is left 2-D: nothing is selected yet, and the decoder makes its own
-        from the shortened one. On a shortened cache the 4-D masks are made from the translated 2-D mask.
-        """
+    def _create_masks(self, **kwargs: Any) -> Any:
+        """Masks for a compileable cache, which generate() makes before the model runs."""
         from transformers import masking_utils
 
         create = self._unhooked_masks or masking_utils.create_masks_for_generate
-        if self._selecting or self._generation is None:
-            return create(*args, **kwargs)
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         fed = kwargs.get("inputs_embeds", kwargs.get("input_embeds")).shape[1]  # input_embeds until transformers 5
+        return self._translate_masks(create, fed, kwargs)
+
+    def _create_own_masks(self, attention_mask: Any, sequence_length: int, **kwargs: Any) -> Any:
+        """The same, where generate() leaves it to a method of the model's own (LLaVA, on transformers 4)."""
+        kwargs |= {"attention_mask": attention_mask, "sequence_length": sequence_length}
+        return self._translate_masks(self._unhooked_own_masks, sequence_length, kwargs)
+
+    def _translate_masks(self, create: Any, fed: int, kwargs: dict[str, Any]) -> Any:
+        """At a prefill with videos the mask is left 2-D: nothing is selected yet, and the decoder makes its own
+        from the shortened one. On a shortened cache the 4-D masks are made from the translated 2-D mask.
+        """
+        if self._selecting or self._generation is None:
+            return create(**kwargs)
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         if fed > 1:
             forget_if_reset(cache)
             if self._generation.has_video:
                 return mask
         dropped = recall(cache)
         if dropped is None:
-            return create(*args, **kwargs)
+            return create(**kwargs)
         if fed > 1:
             check_continuation(dropped, int(cache.get_seq_length()), fed, mask, kwargs.get("position_ids"))
         # Ones up to the last slot: causality hides those that are not filled, and the shape stays the same at
@@ -411,7 +452,7 @@ class Attachment:
         kwargs["attention_mask"] = dropped.mask_2d(mask, fed=slots - dropped.kept)
         if kwargs.get("cache_position") is not None:
             kwargs["cache_position"] = kwargs["cache_position"] - dropped.removed
-        return create(*args, **kwargs)
+        return create(**kwargs)
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
