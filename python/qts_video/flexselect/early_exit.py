@@ -116,6 +116,8 @@ def _visitor(layer: int, last: int, visit: Visit, visited: list[int]) -> Callabl
 def _capture(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Let ``attention`` project, normalise and rotate its queries and keys, and take them from it where it would
     attend. Its values are not made."""
+    if hasattr(attention, "wqkv"):
+        return _internlm2(attention, **kwargs)
     _register()
     values = _NoValues(attention.head_dim)
     redirected = _Redirected(attention.config)
@@ -125,6 +127,25 @@ def _capture(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[torch.Ten
         except _Captured as captured:
             return captured.query.transpose(1, 2), captured.key.transpose(1, 2), captured.scale
     raise TypeError(f"{type(attention).__name__} does not attend by transformers' attention interface")
+
+
+def _internlm2(
+    attention: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The same of InternLM2's attention, which has one projection for queries, keys and values, and no interface."""
+    from qts_video.adapters.internlm2 import split_wqkv
+
+    q, k, v = (
+        part.unflatten(-1, (-1, attention.head_dim)) for part in split_wqkv(attention, attention.wqkv(hidden_states))
+    )
+    cos, sin = attention.rotary_emb(v.transpose(1, 2), seq_len=hidden_states.shape[1])
+    cos, sin = (table[position_ids].unsqueeze(2) for table in (cos, sin))
+    return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin, attention.head_dim**-0.5
+
+
+def _rotate_half(x: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], -1)
 
 
 class _Redirected:

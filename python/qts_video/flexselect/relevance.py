@@ -77,12 +77,10 @@ def query_columns(context: Any, query: str) -> torch.Tensor:
     rows = layout.rows.split(layout.lengths)
     text = torch.zeros_like(layout.valid)
     if query == "prompt":
-        text |= layout.valid
-        image = getattr(config, "image_token_id", None)  # where images are marked as videos are, None
-        text &= (layout.input_ids != context.adapter.video_token_id(context.model)) & (layout.input_ids != image)
-        for video, sample in enumerate(layout.sample):
-            spans = layout.frame_spans[video]
-            text[sample, int(spans[0, 0]) : int(spans[-1, 1])] = False
+        image = getattr(config, "image_token_id", None)  # None where images are marked as videos are
+        vision = (layout.input_ids == context.adapter.video_token_id(context.model)) | (layout.input_ids == image)
+        steps = torch.stack([layout.in_steps(sample) for sample in range(layout.batch)])
+        text = layout.valid & ~vision & ~steps
     for video, sample in enumerate(layout.sample):
         if query == "question":
             text[sample, context.find_question(video)] = True

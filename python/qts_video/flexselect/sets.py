@@ -102,7 +102,7 @@ def set_positions(
 
     Args:
         position_ids: [B, L], [3, B, L] (time, height, width) or [4, B, L] (text positions first) of the whole prefill,
-            B or 1 rows; None: tokens are counted.
+            B or 1 rows; None: columns are counted, padding too.
         sample: [R] int64 on the device, the sample of each prompt.
         columns: [R, K] int64 on the device, its columns, -1 in padding at the end.
         positions_carry_time: see ``Adapter.positions_carry_time``.
@@ -114,7 +114,7 @@ def set_positions(
     prompts, length = columns.shape
     counted = torch.arange(length, device=columns.device).expand(prompts, -1)
     if position_ids is None:
-        return counted
+        return columns[:, :1] + counted
     rotary = position_ids[-3:] if position_ids.ndim == 3 else position_ids.unsqueeze(0)
     if rotary.shape[1] > 1:
         rotary = rotary.index_select(1, sample.to(rotary.device))
