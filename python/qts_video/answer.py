@@ -1,5 +1,6 @@
 """One question about one video, with or without selection: what ``qts ask`` and ``qts demo`` run."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from .adapters import find_adapter
 from .attach import attach
 from .dropin.report import Report
 from .measure import Measurement, measure
+from .newlines import newline_layout
 from .video import Video, VideoError
 
 
@@ -89,23 +91,24 @@ def answer(
     max_new_tokens: int = 128,
 ) -> Answer:
     """Greedy answer to ``prepare``'s inputs, measured. ``selector`` None runs the model as it is."""
-    inputs = inputs.to(model.device)
-    # Pixels alone in the model's dtype: a time that is rounded is another time.
-    pixels = {name: value.to(model.dtype) for name, value in inputs.items() if name.startswith("pixel_values")}
-    prompt = inputs["input_ids"].shape[1]
-    tokens = int((inputs["input_ids"] == find_adapter(model).video_token_id(model)).sum())
-    handle = None
-    if selector is not None:
-        handle = attach(model, selector, tokenizer=processor.tokenizer, positions=positions)
-    try:
-        if handle is not None:
-            handle.seconds_per_step(inputs.seconds_per_step)
+    seconds = inputs.seconds_per_step
+    with ExitStack() as stack:
+        position = getattr(model.config, "mm_newline_position", None)
+        if position in ("grid", "frame"):  # a converted LLaVA-Video: neither its class nor its processor knows
+            layout = stack.enter_context(newline_layout(model, position))
+            inputs = Prompt(layout.prepare(inputs))
+        inputs = inputs.to(model.device)
+        # Pixels alone in the model's dtype: a time that is rounded is another time.
+        pixels = {name: value.to(model.dtype) for name, value in inputs.items() if name.startswith("pixel_values")}
+        prompt = inputs["input_ids"].shape[1]
+        tokens = int((inputs["input_ids"] == find_adapter(model).video_token_id(model)).sum())
+        handle = None
+        if selector is not None:
+            handle = stack.enter_context(attach(model, selector, tokenizer=processor.tokenizer, positions=positions))
+            handle.seconds_per_step(seconds)
         with measure(model) as took:
             output = model.generate(**{**inputs, **pixels}, max_new_tokens=max_new_tokens, do_sample=False)
         report = None if handle is None else handle.last
-    finally:
-        if handle is not None:
-            handle.remove()
     generated = output[0, prompt:]
     return Answer(
         text=processor.tokenizer.decode(generated, skip_special_tokens=True).strip(),

@@ -207,6 +207,22 @@ def test_bfloat16(family, video):
     assert result.kept == 5 + FAMILIES[name].newlines
 
 
+@pytest.mark.parametrize("position, newlines", [("grid", 18), ("frame", 6), ("one_token", 1), (None, 1)])
+def test_newlines_of_llava_video(video, position, newlines):
+    """A converted LLaVA-Video says in its config where its newlines are."""
+    model, processor = embedded.build("llava_onevision")
+    model.config.mm_newline_position = position
+    inputs = prepare(processor, video, QUESTION)
+    plain = answer(model, processor, inputs, max_new_tokens=2)
+    kept = answer(model, processor, inputs, Uniform(retention_ratio=1.0), max_new_tokens=2)
+    fewer = answer(model, processor, inputs, Uniform(max_tokens=3), max_new_tokens=2)
+    assert (plain.tokens, kept.kept, kept.text) == (54 + newlines, 54 + newlines, plain.text)
+    assert fewer.report.videos[0].newlines == newlines
+    assert len(fewer.report.videos[0].indices) == 3
+    assert fewer.kept == 3 + min(newlines, 3)
+    assert fewer.report.videos[0].frame_seconds.tolist() == pytest.approx(FRAMES)
+
+
 @pytest.fixture(scope="module")
 def folder(family, tmp_path_factory):
     return str(embedded.save(tmp_path_factory.mktemp(family[0]), model_type=family[0]))
