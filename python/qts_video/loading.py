@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,9 @@ def is_embedded(name: str) -> bool:
 def _embedded(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
     from . import embedded
 
-    print("the embedded model has random weights: what it selects and answers means nothing", file=sys.stderr)
     _, _, family = name.partition(":")
     model, processor = embedded.build(*[family] if family else [])
+    print("the embedded model has random weights: what it selects and answers means nothing", file=sys.stderr)
     return model.to(device, dtype), processor
 
 
@@ -129,28 +130,31 @@ def _flexselect(arguments: argparse.Namespace, budget: dict[str, Any], model: An
 
     decoder = find_adapter(model).parts(model).decoder
     options = budget | given(arguments, "reduce", "query", "frames_per_set")
+    if budget["retention_ratio"] is None and budget["max_tokens"] is None:
+        _published(defaults.default_budget, model, decoder, "--max-tokens N")
+    if arguments.lite is not None:
+        try:
+            selector = FlexSelect.lite(arguments.lite, **options, device=model.device, dtype=model.dtype)
+            selector.selector.check_fits(model)
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            raise CommandError(f"lite {arguments.lite}: {first_line(error)}") from error
+        return selector
+    layer = arguments.layer
+    if layer is None:
+        layer = _published(defaults.default_layer, model, decoder, "--layer N")
     try:
-        if arguments.lite is not None:
-            options["selector"] = _lite(arguments.lite, model)
-        else:
-            options["layer"] = defaults.default_layer(model, decoder) if arguments.layer is None else arguments.layer
-            early_exit.check_layers(decoder, [options["layer"]])
-        if budget["retention_ratio"] is None and budget["max_tokens"] is None:
-            defaults.default_budget(model, decoder)
-        return FlexSelect(**options)
+        early_exit.check_layers(decoder, [layer])
+        return FlexSelect(layer=layer, **options)
     except (ValueError, TypeError) as error:
-        raise CommandError(f"method flexselect: {first_line(error)} (here: --layer N, --max-tokens N)") from error
+        raise CommandError(f"method flexselect: {first_line(error)}") from error
 
 
-def _lite(name: str, model: Any) -> Any:
-    from .lite import LiteSelector
-
+def _published(find: Callable[[Any, Any], int], model: Any, decoder: Any, option: str) -> int:
+    """What is published for the model, or how to say it here."""
     try:
-        selector = LiteSelector.from_pretrained(name)
-        selector.check_fits(model)
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        raise CommandError(f"lite {name}: {first_line(error)}") from error
-    return selector.to(device=model.device, dtype=model.dtype)
+        return find(model, decoder)
+    except ValueError as error:
+        raise CommandError(f"method flexselect: {first_line(error)} (here: {option})") from error
 
 
 def given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:

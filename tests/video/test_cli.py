@@ -25,8 +25,8 @@ def film(tmp_path_factory):
 
 @pytest.fixture
 def ask(checkpoint, film, capsys):
-    def run(*options: str, video: str = film, question: str = "What moves?", model: str = checkpoint):
-        status = main(["ask", video, question, "--model", model, "--max-new-tokens", "3", *options])
+    def run(*options: str, video: str = film, questions=("What moves?",), model: str = checkpoint):
+        status = main(["ask", video, *questions, "--model", model, "--max-new-tokens", "3", *options])
         out, err = capsys.readouterr()
         return status, out, err
 
@@ -117,6 +117,56 @@ def test_json_without_selection(ask):
     assert said["kept_tokens"] is None
 
 
+def test_flexselect(ask):
+    options = ("--json", "--method", "flexselect", "--layer", "2", "--max-tokens", "7")
+    status, out, err = ask(*options)
+    said = json.loads(out)
+    assert (status, said["method"], said["kept"]) == (0, "flexselect", 7)
+    assert len(said["kept_tokens"]["score"]) == 7
+    assert err.startswith("qts: training-free FlexSelect on 3 frames")
+    mean = json.loads(ask(*options, "--reduce", "mean")[1])["kept_tokens"]["score"]
+    question = json.loads(ask(*options, "--query", "question")[1])["kept_tokens"]["score"]
+    sets = json.loads(ask(*options, "--frames-per-set", "2")[1])["kept_tokens"]
+    assert len({tuple(scores) for scores in (said["kept_tokens"]["score"], mean, question, sets["score"])}) == 4
+    in_first_set = sum(frame != 1 for frame in sets["frame"])  # steps 0 and 2; step 1 is the other set
+    assert (in_first_set, len(sets["frame"])) == (5, 7)
+
+
+def test_flexselect_lite(ask, checkpoint, tmp_path):
+    from qts_video.checkpoints import load_model
+    from qts_video.lite import LiteSelector
+
+    model = load_model(checkpoint)[0]
+    lite = LiteSelector.build(model, hidden_size=64, intermediate_size=64, layers=2, heads=2, kv_heads=1)
+    lite.save_pretrained(tmp_path / "lite")
+    options = ("--json", "--method", "flexselect", "--lite", str(tmp_path / "lite"), "--retention-ratio", "0.25")
+    status, out, _ = ask(*options)
+    assert (status, json.loads(out)["kept"]) == (0, 9)
+
+
+def test_several_questions(ask):
+    questions = ("What moves?", "Where is it?", "What moves?")
+    status, out, err = ask("--json", "--method", "uniform", "--max-tokens", "5", questions=questions)
+    said = [json.loads(line) for line in out.splitlines()]
+    assert status == 0
+    assert [one["question"] for one in said] == list(questions)
+    assert said[0]["answer"] == said[2]["answer"]
+    assert err == ""
+    status, out, err = ask("--method", "none", questions=questions[:2])
+    alone = [ask("--method", "none", questions=[question])[1] for question in questions[:2]]
+    assert out == f"What moves?\n{alone[0]}\nWhere is it?\n{alone[1]}\n"
+    assert (err.count("video   "), err.count("tokens  ")) == (1, 2)
+
+
+def test_embedded_model(ask):
+    status, out, err = ask("--json", "--method", "uniform", "--max-tokens", "5", model="embedded")
+    said = json.loads(out)
+    assert (status, said["model"], said["tokens"], said["kept"]) == (0, "embedded", 36, 5)
+    assert err == "the embedded model has random weights: what it selects and answers means nothing\n"
+    status, out, _ = ask("--json", "--method", "none", model="embedded:qwen3_vl")
+    assert (status, json.loads(out)["model"]) == (0, "embedded:qwen3_vl")
+
+
 def test_positions_and_fps_reach_the_model(ask):
     assert json.loads(ask("--json", "--method", "uniform", "--positions", "compact")[1])["positions"] == "compact"
     said = json.loads(ask("--json", "--method", "none", "--fps", "4")[1])
@@ -186,6 +236,37 @@ class TestNo:
     def test_model_that_is_no_selector(self, ask, checkpoint):
         self.refuses(ask("--selector", checkpoint), "selector", checkpoint)
 
+    def test_missing_lite(self, ask, tmp_path):
+        options = ("--method", "flexselect", "--max-tokens", "4", "--lite")
+        self.refuses(ask(*options, str(tmp_path / "none")), "lite", "none")
+
+    def test_nothing_is_published_for_the_model(self, ask):
+        self.refuses(ask("--method", "flexselect", "--max-tokens", "4"), "4 layers of width 256", "--layer N")
+        self.refuses(ask("--method", "flexselect", "--layer", "1"), "4 layers of width 256", "--max-tokens N")
+
+    def test_no_such_layer(self, ask):
+        options = ("--method", "flexselect", "--max-tokens", "4", "--layer", "4")
+        self.refuses(ask(*options), "layer of 0 .. 3", "got 4")
+
+    @pytest.mark.parametrize(
+        "options", [("--layer", "1"), ("--reduce", "max"), ("--query", "prompt"), ("--frames-per-set", "9")]
+    )
+    def test_options_of_another_method(self, ask, options):
+        self.refuses(ask("--method", "uniform", *options, video="never-read.mp4"), options[0], "flexselect")
+
+    def test_selector_of_another_method(self, ask):
+        self.refuses(ask("--method", "uniform", "--selector", "language-model"), "--selector", "qtsplus")
+
+    def test_layer_beside_lite(self, ask):
+        self.refuses(ask("--method", "flexselect", "--layer", "1", "--lite", "a"), "--lite", "--layer")
+
+    def test_overlay_of_several_questions(self, ask):
+        options = ("--method", "uniform", "--save-overlay", "a.png")
+        self.refuses(ask(*options, questions=("What?", "Where?")), "--save-overlay", "qts plot timeline")
+
+    def test_unknown_embedded_family(self, ask):
+        self.refuses(ask("--method", "none", model="embedded:bert"), "embedded:bert", "qwen3_vl")
+
     def test_device(self, ask):
         self.refuses(ask("--method", "none", "--device", "nonsense"), "nonsense")
 
@@ -210,6 +291,10 @@ class TestNo:
             ["--fps", "nan"],
             ["--dtype", "int8"],
             ["--positions", "other"],
+            ["--layer", "-1"],
+            ["--reduce", "min"],
+            ["--query", "all"],
+            ["--frames-per-set", "0"],
         ],
     )
     def test_options(self, ask, options, capsys):
@@ -261,8 +346,9 @@ def test_a_missing_matplotlib_is_told_before_the_work(ask, monkeypatch):
 def test_help_names_every_option_and_needs_no_models():
     code = (
         "import sys, qts_video.cli as c\n"
-        "try: c.main(['ask', '--help'])\n"
-        "except SystemExit: pass\n"
+        "for command in (['ask'], ['plot'], ['plot', 'heatmap'], ['plot', 'timeline'], ['plot', 'recall']):\n"
+        "    try: c.main([*command, '--help'])\n"
+        "    except SystemExit: pass\n"
         "heavy = {'transformers', 'av', 'matplotlib', 'triton'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -270,8 +356,13 @@ def test_help_names_every_option_and_needs_no_models():
     assert done.returncode == 0, done.stderr
     for option in ("--method", "--retention-ratio", "--max-tokens", "--selector", "--fps", "--json", "--save-overlay"):
         assert option in done.stdout
+    for option in ("--layer", "--reduce", "--query", "--frames-per-set", "--lite", "--layers", "--needle", "--trials"):
+        assert option in done.stdout
 
 
-def test_every_option_has_help():
-    ask = next(a for a in build_parser()._actions if a.dest == "command").choices["ask"]
-    assert all(action.help for action in ask._actions)
+@pytest.mark.parametrize("command", [["ask"], ["demo"], ["plot", "heatmap"], ["plot", "timeline"], ["plot", "recall"]])
+def test_every_option_has_help(command):
+    parser = build_parser()
+    for name in command:
+        parser = next(a for a in parser._actions if isinstance(a.choices, dict)).choices[name]
+    assert all(action.help for action in parser._actions)
