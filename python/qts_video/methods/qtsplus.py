@@ -17,6 +17,9 @@ from qts_video.weights import Checkpoint
 class QTSplus(nn.Module):
     """Scores every vision token against the question, keeps the best, and re-encodes them with their time.
 
+    Budgets count tokens alone, as the method was trained: newline tokens, where a model has them, come on top, one for
+    each row or frame that keeps a token.
+
     Args:
         selector: the module with the parameters, on the model's device. In another dtype than the model's it computes
             in its own, and its tokens come back in the model's.

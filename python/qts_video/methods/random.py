@@ -3,7 +3,8 @@
 import torch
 
 from qts_kernels import Selection
-from qts_video.methods.base import Videos, check_budget, resolve_budget
+from qts_video.methods.base import Videos, check_budget
+from qts_video.methods.budget import fit_ordered, newline_spans, resolve_budgets
 from qts_video.methods.uniform import packed_selection
 
 
@@ -14,6 +15,9 @@ class Random:
     alone: the same on every call and device, and whatever else is in the batch (so that the copies of a
     sample that beam search makes keep the same tokens). A smaller budget keeps a subset of a larger one's
     tokens. Both bounds None keeps everything.
+
+    A newline token stays with the tokens of its row or frame, and counts: of a video with N newlines, the bounds are
+    those of its M + N tokens, and as many entries are kept as fit together with their newlines, at least 1.
 
     Args:
         retention_ratio: share of each video's tokens to keep, in (0, 1].
@@ -36,10 +40,11 @@ class Random:
     def select(self, videos: Videos) -> Selection:
         """See ``Selector.select``. The selection has no scores and no re-encoded tokens."""
         drawn, counts, start = [], [], 0
-        for length in videos.lengths:
-            n = resolve_budget(length, self.retention_ratio, self.max_tokens)
-            generator = torch.Generator().manual_seed(self.seed)
-            drawn.append(torch.randperm(length, generator=generator)[:n].sort().values + start)
+        budgets = resolve_budgets(videos, self.retention_ratio, self.max_tokens)
+        for length, span, budget in zip(videos.lengths, newline_spans(videos), budgets, strict=True):
+            order = torch.randperm(length, generator=torch.Generator().manual_seed(self.seed))
+            n = fit_ordered(order, span, budget)
+            drawn.append(order[:n].sort().values + start)
             counts.append(n)
             start += length
         return packed_selection(torch.cat(drawn), counts, videos.tokens.device)

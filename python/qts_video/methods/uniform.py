@@ -3,7 +3,8 @@
 import torch
 
 from qts_kernels import Selection
-from qts_video.methods.base import Videos, check_budget, resolve_budget
+from qts_video.methods.base import Videos, check_budget
+from qts_video.methods.budget import count_newlines, fit_spaced, resolve_budgets
 
 
 class Uniform:
@@ -12,6 +13,9 @@ class Uniform:
     Of M tokens, n = ``resolve_budget(M, retention_ratio, max_tokens)`` are kept: the one in the middle of
     each of n equal stretches, index floor((2 i + 1) M / (2 n)) for i = 0 .. n-1. Integer arithmetic: exactly
     n distinct tokens, the same ones on every run and device. Both bounds None keeps everything.
+
+    A newline token stays with the tokens of its row or frame, and counts: of a video with N newlines, the bounds are
+    those of its M + N tokens, and n is the largest number of tokens that fits together with its newlines, at least 1.
 
     Args:
         retention_ratio: share of each video's tokens to keep, in (0, 1].
@@ -31,7 +35,8 @@ class Uniform:
 
     def select(self, videos: Videos) -> Selection:
         """See ``Selector.select``. The selection has no scores and no re-encoded tokens."""
-        counts = [resolve_budget(length, self.retention_ratio, self.max_tokens) for length in videos.lengths]
+        budgets = resolve_budgets(videos, self.retention_ratio, self.max_tokens)
+        counts = [fit_spaced(*video) for video in zip(budgets, count_newlines(videos), strict=True)]
         # Counts and lengths live on the host, so the indices are made there and copied over once: no
         # synchronisation.
         n, length = torch.tensor(counts), torch.tensor(videos.lengths)
