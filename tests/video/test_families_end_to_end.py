@@ -158,8 +158,8 @@ def test_the_question_and_the_report(family, inputs):
     assert selector.videos.timestamps.tolist() == pytest.approx(
         [s for s in expected.seconds for _ in range(expected.grid[1] * expected.grid[2])]
     )
-    assert len(of_video.indices) == 7
-    assert (result.tokens, report.total, result.kept) == (expected.tokens, expected.tokens, 7 + expected.newlines)
+    assert len(of_video.indices) == 7 - expected.newlines
+    assert (result.tokens, report.total, result.kept) == (expected.tokens, expected.tokens, 7)
     assert of_video.seconds.tolist() == pytest.approx([expected.seconds[step] for step in of_video.frame])
 
 
@@ -175,7 +175,7 @@ def test_kept_counts(family, inputs, method, positions):
     }[method]()
     result = answer(model, processor, inputs, selector, positions=positions, max_new_tokens=3)
     newlines = FAMILIES[name].newlines
-    candidates = 10 - newlines if method == "flexselect" else 10  # whose budget counts them
+    candidates = 10 if method == "qtsplus" else 10 - newlines  # QTSplus's budget does not count them
     assert len(result.report.videos[0].indices) == candidates
     assert result.kept == candidates + newlines
     assert result.report.positions == positions
