@@ -4,6 +4,7 @@ from torch import nn
 
 from qts_video.adapters.base import Adapter, Parts
 from qts_video.adapters.internvl import InternVL
+from qts_video.adapters.internvl_chat import InternVLChat
 from qts_video.adapters.llava_next_video import LlavaNextVideo
 from qts_video.adapters.llava_onevision import LlavaOnevision
 from qts_video.adapters.qwen2_5_vl import Qwen2_5_VL
@@ -19,6 +20,7 @@ ADAPTERS: dict[str, Adapter] = {
         LlavaOnevision(),
         LlavaNextVideo(),
         InternVL(),
+        InternVLChat(),
     )
 }
 

@@ -57,8 +57,9 @@ def translate_decoder_inputs(
             are made here.
         rope_axes: of the positions: 1, or 3 (time, height, width).
     """
-    embeds = inputs["inputs_embeds"]
-    batch, fed, _ = embeds.shape
+    tokens = inputs.get("inputs_embeds")
+    tokens = inputs["input_ids"] if tokens is None else tokens
+    batch, fed = tokens.shape[:2]
     if len(dropped.mask) != batch:
         raise ValueError(f"the cache was filled by a batch of {len(dropped.mask)}, got a batch of {batch}")
     translated = dict(inputs)
@@ -74,7 +75,7 @@ def translate_decoder_inputs(
     else:
         later = past_length - dropped.kept + fed if mask is None else mask.shape[1] - dropped.seen
         counted = (
-            torch.ones(batch, later, dtype=torch.int64, device=embeds.device) if mask is None else mask[:, -later:]
+            torch.ones(batch, later, dtype=torch.int64, device=tokens.device) if mask is None else mask[:, -later:]
         )
         rank = (counted.long().cumsum(1) - 1)[:, -fed:].clamp(min=0)
         following = dropped.next_position.unsqueeze(1) + rank

@@ -10,6 +10,7 @@ from qts_kernels import Selection
 from qts_kernels.nn import QTSplus as SelectorModule
 from qts_kernels.nn.serialization import model_type
 from qts_video import released
+from qts_video.adapters.internlm2 import is_fused, split_wqkv
 from qts_video.methods.base import Videos, check_budget, resolve_budget
 from qts_video.weights import Checkpoint
 
@@ -83,7 +84,8 @@ class QTSplus(nn.Module):
         layer i from its layer i; feed-forwards and the budget head are random.
 
         Args:
-            model: a transformers model with a decoder of Qwen2's layout (``get_decoder().layers[i].self_attn``).
+            model: a transformers model with a decoder of Qwen2's layout (``get_decoder().layers[i].self_attn``) or of
+                InternLM2's (``.attention`` with ``wqkv``).
             seed: of what is random.
             options: of ``qts_kernels.nn.QTSplus``.
 
@@ -94,17 +96,19 @@ class QTSplus(nn.Module):
             TypeError: the decoder is of another layout. ValueError: its heads do not split its width evenly, or it
             has fewer layers than ``reencode_layers``.
         """
-        decoder, config = model.get_decoder(), model.config.get_text_config()
-        layers = getattr(decoder, "layers", ())
-        if not len(layers) or not hasattr(layers[0], "self_attn") or not hasattr(layers[0], "input_layernorm"):
+        decoder = getattr(model, "language_model", model).get_decoder()  # InternVLChatModel has none of its own
+        config, layers = decoder.config, getattr(decoder, "layers", ())
+        if not len(layers) or not (is_fused(layers[0]) or hasattr(layers[0], "input_layernorm")):
             raise TypeError(
-                f"expected a decoder with layers[i].self_attn and .input_layernorm, got {type(decoder).__name__}"
+                "expected a decoder with layers[i].self_attn and .input_layernorm, or InternLM2's, got "
+                + type(decoder).__name__
             )
         width, heads = config.hidden_size, config.num_attention_heads
-        if layers[0].self_attn.q_proj.out_features != width:
+        weight = _projections(layers[-1])["q_proj"][0]
+        if len(weight) != width:
             raise ValueError(
                 f"expected {heads} heads that split the width {width} evenly, got query projections of width "
-                f"{layers[0].self_attn.q_proj.out_features}"
+                f"{len(weight)}"
             )
         if reencode_layers > len(layers):
             raise ValueError(f"expected at most {len(layers)} reencode_layers, as the model has, got {reencode_layers}")
@@ -122,7 +126,6 @@ class QTSplus(nn.Module):
             _copy_attention(layers[-1], layer)
         for source, layer in zip(layers, module.reencode_layers, strict=False):
             _copy_attention(source, layer.core)
-        weight = layers[-1].self_attn.q_proj.weight
         return cls(module.to(weight.device, weight.dtype).eval(), retention_ratio, max_tokens)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -169,14 +172,29 @@ class QTSplus(nn.Module):
 @torch.no_grad()
 def _copy_attention(source: nn.Module, layer: nn.Module) -> None:
     """Attention and norms of a language model's layer into those of ``layer`` that exist there."""
-    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+    for name, (weight, bias) in _projections(source).items():
         if not hasattr(layer, name):
             continue
-        into, out_of = getattr(layer, name), getattr(source.self_attn, name)
-        into.weight.copy_(out_of.weight)
+        into = getattr(layer, name)
+        into.weight.copy_(weight)
         if into.bias is not None:
-            into.bias.copy_(out_of.bias) if out_of.bias is not None else into.bias.zero_()
+            into.bias.copy_(bias) if bias is not None else into.bias.zero_()
+    before_attention = source.attention_norm if is_fused(source) else source.input_layernorm
     for name in ("q_norm", "kv_norm"):
-        getattr(layer, name).weight.copy_(source.input_layernorm.weight)
+        getattr(layer, name).weight.copy_(before_attention.weight)
     if hasattr(layer, "ffn_norm"):
-        layer.ffn_norm.weight.copy_(source.post_attention_layernorm.weight)
+        layer.ffn_norm.weight.copy_((source.ffn_norm if is_fused(source) else source.post_attention_layernorm).weight)
+
+
+def _projections(source: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """Weight and bias of the four projections of a language model's layer."""
+    names = ("q_proj", "k_proj", "v_proj")
+    if not is_fused(source):
+        projections = {name: getattr(source.self_attn, name) for name in (*names, "o_proj")}
+        return {name: (projection.weight, projection.bias) for name, projection in projections.items()}
+    attention = source.attention
+    weights = split_wqkv(attention, attention.wqkv.weight, dim=0)
+    bias = attention.wqkv.bias
+    biases = (None,) * 3 if bias is None else split_wqkv(attention, bias)
+    split = dict(zip(names, zip(weights, biases, strict=True), strict=True))
+    return {**split, "o_proj": (attention.wo.weight, attention.wo.bias)}

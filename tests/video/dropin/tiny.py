@@ -98,6 +98,8 @@ class Family:
     """Whether generate() goes on from a cache with the new ids alone, from transformers 5 on."""
     repeats: bool = True
     """Whether generate() can repeat samples with videos, for beams or several sequences."""
+    skips: dict[str, str] = field(default_factory=dict)
+    """Tests that have no meaning for this model: a pattern of their names, and why."""
 
 
 def pad(rows: list[list[int]], side: str) -> Batch:
