@@ -117,7 +117,7 @@ def _capture(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[torch.Ten
     """Let ``attention`` project, normalise and rotate its queries and keys, and take them from it where it would
     attend. Its values are not made."""
     if hasattr(attention, "wqkv"):
-        return _internlm2(attention, **kwargs)
+        return _internlm2(attention, *args, **kwargs)
     _register()
     values = _NoValues(attention.head_dim)
     redirected = _Redirected(attention.config)
@@ -130,7 +130,12 @@ def _capture(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[torch.Ten
 
 
 def _internlm2(
-    attention: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor, **_: Any
+    attention: nn.Module,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    *_: Any,
+    **__: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """The same of InternLM2's attention, which has one projection for queries, keys and values, and no interface."""
     from qts_video.adapters.internlm2 import split_wqkv
@@ -138,8 +143,7 @@ def _internlm2(
     q, k, v = (
         part.unflatten(-1, (-1, attention.head_dim)) for part in split_wqkv(attention, attention.wqkv(hidden_states))
     )
-    cos, sin = attention.rotary_emb(v.transpose(1, 2), seq_len=hidden_states.shape[1])
-    cos, sin = (table[position_ids].unsqueeze(2) for table in (cos, sin))
+    cos, sin = (table.unsqueeze(2) for table in attention.rotary_emb(v.transpose(1, 2), position_ids))
     return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin, attention.head_dim**-0.5
 
 

@@ -21,7 +21,8 @@ from qts_video.flexselect.relevance import (
     score_sets,
 )
 from qts_video.flexselect.sets import FrameSet, split_frames
-from qts_video.methods.base import Videos, check_budget, resolve_budget
+from qts_video.methods.base import Videos, check_budget
+from qts_video.methods.budget import count_newlines, newline_spans, resolve_budgets
 from qts_video.methods.uniform import packed_selection
 
 _CHEAP_FRAMES = 64
@@ -60,8 +61,8 @@ class FlexSelect:
             ``selector``, which has its own.
 
     Newlines that a model puts behind the rows or frames of a video are no candidates, but those of kept rows count. A
-    budget is met exactly, unless one token is left to a set whose touched rows are all kept: a token of another row
-    would cost two.
+    budget is met exactly, unless one token is left to a set whose touched rows are all kept, or which has touched none:
+    a token of another row would cost two. Where a video has one newline, which always stays, at least one token does.
     """
 
     name = "flexselect"
@@ -174,10 +175,10 @@ class FlexSelect:
 
     def _budgets(self, videos: Videos) -> list[int]:
         """Tokens to keep of each video, newlines included."""
-        totals = [length + count for length, count in zip(videos.lengths, _newlines(videos), strict=True)]
         if self.max_tokens is not None or self.retention_ratio is not None:
-            return [resolve_budget(total, self.retention_ratio, self.max_tokens) for total in totals]
+            return resolve_budgets(videos, self.retention_ratio, self.max_tokens)
         budget = default_budget(videos.context.model, videos.context.decoder)
+        totals = [length + count for length, count in zip(videos.lengths, count_newlines(videos), strict=True)]
         budgets = [0] * len(totals)
         for sample in set(videos.sample):
             of_sample = [video for video, of in enumerate(videos.sample) if of == sample]
@@ -205,10 +206,10 @@ class FlexSelect:
 def _select(videos: Videos, sets: list[FrameSet], budgets: list[int], scores: torch.Tensor) -> Selection:
     """The best tokens of every set, shared out by ``budgets``, as one selection."""
     starts = [0, *accumulate(videos.lengths)]
-    spans = videos.newline_spans or [0] * len(budgets)
+    spans = newline_spans(videos)
     whole = [span == length for span, length in zip(spans, videos.lengths, strict=True)]
     # The newline of a whole video always stays: it is paid for first.
-    budgets = [max(0, budget - 1) if paid else budget for budget, paid in zip(budgets, whole, strict=True)]
+    budgets = [max(budget - paid, min(budget, 1)) for budget, paid in zip(budgets, whole, strict=True)]
     segments, lines, sizes = [], [], [[] for _ in budgets]
     of_video = [(video, rows) for frames in sets for video, rows in zip(frames.videos, frames.rows, strict=True)]
     for video, rows in of_video:
@@ -225,12 +226,6 @@ def _select(videos: Videos, sets: list[FrameSet], budgets: list[int], scores: to
         return selection
     indices, cu_seqlens = best_with_newlines(scores, segments, lines, counts, videos.cu_seqlens, max(budgets))
     return Selection(indices=indices, cu_seqlens=cu_seqlens, scores=scores, n=cu_seqlens.diff().long())
-
-
-def _newlines(videos: Videos) -> list[int]:
-    """Newline tokens of each video."""
-    spans = videos.newline_spans or [0] * len(videos.lengths)
-    return [length // span if span else 0 for length, span in zip(videos.lengths, spans, strict=True)]
 
 
 def _check_int(name: str, value: Any, least: int, optional: bool = False) -> None:
