@@ -10,6 +10,7 @@ FAMILIES = {
     "qwen2_5_vl": "qwen",
     "qwen3_vl": "qwen",
     "internvl": "internvl",
+    "internvl_chat": "internvl",
 }
 """Of each ``config.model_type`` of a big model, the family of the Lite selectors that fit it."""
 DEAD = ("self_attn.v_proj", "self_attn.o_proj", "mlp", "post_attention_layernorm")
@@ -100,8 +101,8 @@ def fit_config(model: nn.Module, **sizes: Any) -> LiteConfig:
             default in the proportions of the released selectors, (8, 12, 12) of 32 frequencies.
     """
     family, config = family_of(model), model.config
-    vision, text = config.vision_config, config.get_text_config()
-    options = {"family": family, "vocab_size": text.vocab_size, **sizes}
+    vision = config.vision_config
+    options = {"family": family, "vocab_size": model.get_input_embeddings().num_embeddings, **sizes}
     if family == "qwen":
         heads = sizes.get("heads", LiteConfig.heads)
         frequencies = sizes.get("hidden_size", LiteConfig.hidden_size) // heads // 2
@@ -112,6 +113,8 @@ def fit_config(model: nn.Module, **sizes: Any) -> LiteConfig:
             "norm": "layer_norm" if config.model_type == "qwen3_vl" else "rms_norm",
             "mrope_section": sizes.get("mrope_section", (frequencies - 2 * side, side, side)),
         }
+    elif config.model_type == "internvl_chat":
+        options["vision_size"] = model.mlp1[0].normalized_shape[0]
     elif family == "internvl":
         options["vision_size"] = vision.hidden_size * round(1 / config.downsample_ratio) ** 2
     else:

@@ -156,7 +156,7 @@ class LiteSelector(nn.Module):
                 f"this Lite selector is of the {self.config.family} family, and {type(model).__name__} of the "
                 f"{family} family"
             )
-        theirs, ours = model.config.get_text_config().vocab_size, self.config.vocab_size
+        theirs, ours = model.get_input_embeddings().num_embeddings, self.config.vocab_size
         if abs(theirs - ours) > VOCABULARY_PADDING:
             raise ValueError(
                 f"this Lite selector has a vocabulary of {ours} tokens, and {type(model).__name__} one of {theirs}: "
