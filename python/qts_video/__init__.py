@@ -2,6 +2,7 @@
 
 from qts_video import methods
 from qts_video.attach import Handle, attach
+from qts_video.cache import VideoCache
 from qts_video.dropin.report import Report, VideoReport
 
-__all__ = ["Handle", "Report", "VideoReport", "attach", "methods"]
+__all__ = ["Handle", "Report", "VideoCache", "VideoReport", "attach", "methods"]

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from torch import nn
 
 from qts_video.adapters import find_adapter
+from qts_video.cache import VideoCache
 from qts_video.dropin.attachment import ATTRIBUTE, Attachment
 from qts_video.dropin.handle import Handle
 from qts_video.dropin.prefill import Prefill
@@ -20,6 +21,7 @@ def attach(
     *,
     tokenizer: Any | None = None,
     positions: Literal["original", "compact"] = "original",
+    cache: VideoCache | None = None,
 ) -> Handle:
     """Let ``selector`` choose which video tokens the language model of ``model`` sees.
 
@@ -30,7 +32,7 @@ def attach(
     without a video are untouched. Works by hooks: no forward is replaced.
 
     Args:
-        model: a ``Qwen2_5_VLForConditionalGeneration``.
+        model: one whose ``config.model_type`` is in ``qts_video.adapters.ADAPTERS``.
         selector: a selection method, e.g. ``qts_video.methods.Uniform(retention_ratio=0.25)``. One with
             parameters must be on the model's device and in its dtype; they do not become part of the model.
         tokenizer: the model's tokenizer or processor, by which a selector's question is found in the prompt:
@@ -38,15 +40,19 @@ def attach(
             selector needs no question, or the question is given with ``handle.question(...)``.
         positions: "original": kept tokens keep the rotary positions that they had. "compact": every sample's
             tokens get consecutive positions (what the released QTSplus models were trained with).
+        cache: where encoded videos are kept, so that further questions about a video run neither the vision tower
+            nor its projector. It outlives the handle: give it again to ask with another selector. With gradients
+            enabled, a vision tower that has trainable parameters raises in the call.
 
     Returns:
-        A handle: a context manager, with ``.remove()``, ``.question(...)`` and ``.last``, the report of the
-        last selection.
+        A handle: a context manager, with ``.remove()``, ``.question(...)``, ``.seconds_per_step(...)`` and ``.last``,
+        the report of the last selection.
 
     Raises:
         RuntimeError: the transformers version is unknown, or the model has a selector already.
-        TypeError: the model is not one that is known, or ``selector`` is none.
-        ValueError: another ``positions``, or the tokenizer lacks the model's chat markers.
+        TypeError: the model is not one that is known, ``selector`` is none, or ``cache`` is no VideoCache.
+        ValueError: another ``positions``, the tokenizer lacks the model's chat markers, or the cache belongs to
+            another model.
     """
     import transformers
 
@@ -62,5 +68,9 @@ def attach(
         raise RuntimeError(
             f"{getattr(model, ATTRIBUTE).selector.name} is attached to this model already: remove it first"
         )
+    if cache is not None:
+        if not isinstance(cache, VideoCache):
+            raise TypeError(f"cache must be a VideoCache, got {type(cache).__name__}")
+        cache.bind(model)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
-    return Handle(Attachment(model, selector, adapter, tokenizer, compact=positions == "compact"))
+    return Handle(Attachment(model, selector, adapter, tokenizer, compact=positions == "compact", cache=cache))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qts_video.adapters.base import Parts
+from qts_video.adapters.vision_order import first_copies
 from qts_video.dropin.layout import Layout, locate_videos
 from qts_video.dropin.question import ChatMarkers, resolve_markers
 
@@ -97,10 +98,11 @@ class Llava:
         span = _newline_span(placeholders, videos, grid, getattr(model.config, "mm_newline_position", None))
         return locate_videos(input_ids, valid, token, [grid] * videos, newline_spans=[span] * videos)
 
-    def regroup_copies(
-        self, model: nn.Module, inputs: dict[str, Any], layout: Layout, copies: int
-    ) -> dict[str, Any]:
+    def regroup_copies(self, model: nn.Module, inputs: dict[str, Any], layout: Layout, copies: int) -> dict[str, Any]:
         return inputs
+
+    def vision_in_order(self, model: nn.Module, features: torch.Tensor, layout: Layout, copies: int) -> torch.Tensor:
+        return first_copies(features, layout.per_sample([frames for frames, _, _ in layout.grids]), copies)
 
     def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
         return {}

@@ -108,6 +108,21 @@ class Adapter(Protocol):
         """
         ...
 
+    def vision_in_order(self, model: nn.Module, features: torch.Tensor, layout: Layout, copies: int) -> torch.Tensor:
+        """What went into the projector while ``video_encoder`` ran, in the order of the placeholders.
+
+        Args:
+            model: the model.
+            features: the projector's input, as it came.
+            layout: of the prefill.
+            copies: how often generate() repeated every sample; ``features`` may hold them or not.
+
+        Returns:
+            Every sample once. Qwen: [sum M, merge^2, Dv], the patches of each token. LLaVA: [sum frames, patches, Dv].
+            InternVL: [tiles, tokens, 4 Dv], of all tiles of the prompts, images too.
+        """
+        ...
+
     def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
         """What this model passes to its decoder a column besides embeddings, positions and masks, for other columns.
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from qts_video.adapters.base import Parts
 from qts_video.adapters.numbered_frames import find_frames
+from qts_video.adapters.vision_order import first_copies
 from qts_video.dropin.layout import Layout, locate_videos
 from qts_video.dropin.question import ChatMarkers, resolve_markers
 
@@ -104,10 +105,11 @@ class InternVL:
         pixels = inputs.get("pixel_values")
         if pixels is None:  # encoded, which transformers repeats as the placeholders are
             return inputs
-        rows, columns = self.tile_grid(model)
-        tiles = (layout.input_ids == self.video_token_id(model)).sum(1) // (rows * columns)
-        of_sample = pixels[::copies].split(tiles.tolist())
+        of_sample = pixels[::copies].split(self._count_tiles(model, layout))
         return {**inputs, "pixel_values": torch.cat([pixels for pixels in of_sample for _ in range(copies)])}
+
+    def vision_in_order(self, model: nn.Module, features: torch.Tensor, layout: Layout, copies: int) -> torch.Tensor:
+        return first_copies(features, self._count_tiles(model, layout), copies)
 
     def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
         return {}
@@ -126,6 +128,11 @@ class InternVL:
                 blanks=("\n",),
             )
         return _OFFICIAL_MARKERS if self._is_official(model) else None
+
+    def _count_tiles(self, model: nn.Module, layout: Layout) -> list[int]:
+        """Tiles of each sample, of videos and images."""
+        rows, columns = self.tile_grid(model)
+        return ((layout.input_ids == self.video_token_id(model)).sum(1) // (rows * columns)).tolist()
 
     def _is_official(self, model: nn.Module) -> bool:
         return self.video_token_id(model) == _OFFICIAL_IMAGE_TOKEN

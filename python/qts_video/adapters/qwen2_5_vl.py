@@ -2,12 +2,14 @@
 
 import inspect
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 
 from qts_video.adapters.base import Parts
+from qts_video.adapters.vision_order import first_copies, window_order
 from qts_video.dropin.layout import Layout, locate_videos
 from qts_video.dropin.question import ChatMarkers, resolve_markers
 
@@ -85,6 +87,20 @@ class Qwen2_5_VL:
 
     def regroup_copies(self, model: nn.Module, inputs: dict[str, Any], layout: Layout, copies: int) -> dict[str, Any]:
         return inputs
+
+    def vision_in_order(self, model: nn.Module, features: torch.Tensor, layout: Layout, copies: int) -> torch.Tensor:
+        features = self._patches_of_tokens(model, features, layout, copies)
+        vision = model.config.vision_config
+        side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+        starts = [0, *accumulate(layout.lengths)]
+        order = torch.cat([window_order(grid, side) + start for grid, start in zip(layout.grids, starts, strict=False)])
+        return features.index_select(0, order.argsort().to(features.device))
+
+    def _patches_of_tokens(self, model: nn.Module, features: torch.Tensor, layout: Layout, copies: int) -> torch.Tensor:
+        """[sum M, merge^2, Dv], of every sample once."""
+        patches = model.config.vision_config.spatial_merge_size**2
+        features = features.reshape(-1, patches, features.shape[-1])
+        return first_copies(features, layout.per_sample(layout.lengths), copies)
 
     def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
         return {}

@@ -40,6 +40,9 @@ class Qwen3_VL(Qwen2_5_VL):
         layout = super().locate(model, input_ids, valid, inputs, tokenizer)
         return layout if tokenizer is None else _read_time_labels(layout, tokenizer)
 
+    def vision_in_order(self, model: nn.Module, features: torch.Tensor, layout: Layout, copies: int) -> torch.Tensor:
+        return self._patches_of_tokens(model, features, layout, copies)
+
     def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
         mask = inputs.get("visual_pos_masks")
         if mask is None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qts_video.adapters import Adapter
+from qts_video.cache import VideoCache
 from qts_video.dropin.checks import check_selection
 from qts_video.dropin.decode import check_continuation, translate_decoder_inputs
 from qts_video.dropin.dropped import forget_if_reset, recall, remember
@@ -19,6 +20,7 @@ from qts_video.dropin.question import find_question
 from qts_video.dropin.report import Report
 from qts_video.dropin.shorten import kept_columns
 from qts_video.dropin.stopwatch import Stopwatch
+from qts_video.dropin.vision import VideoEncoder
 from qts_video.methods.base import Selector
 
 ATTRIBUTE = "_qts_video_attachment"
@@ -36,7 +38,13 @@ class Attachment:
     """
 
     def __init__(
-        self, model: nn.Module, selector: Selector, adapter: Adapter, tokenizer: Any | None, compact: bool
+        self,
+        model: nn.Module,
+        selector: Selector,
+        adapter: Adapter,
+        tokenizer: Any | None,
+        compact: bool,
+        cache: VideoCache | None = None,
     ) -> None:
         self.model, self.selector, self.adapter, self.tokenizer = model, selector, adapter, tokenizer
         self.compact = compact
@@ -64,6 +72,10 @@ class Attachment:
         self._unhooked_own_masks = getattr(self.generator, _OWN_MASKS, None)
         if self._unhooked_own_masks is not None:
             methods.append((self.generator, _OWN_MASKS, self._create_own_masks))
+        self.needs_vision = getattr(selector, "needs_vision", False)
+        if self.needs_vision or cache is not None:
+            encoder = VideoEncoder(model, adapter, cache, self._keep_vision if self.needs_vision else None)
+            methods.append((self.parts.base, adapter.video_encoder, encoder))
         self._replaced = [(module, name, module.__dict__.get(name)) for module, name, _ in methods]
         base, decoder, vision = self.parts.base, self.parts.decoder, self.parts.vision
         self._hooks = [
@@ -281,6 +293,7 @@ class Attachment:
             find_question=lambda video: self._question_columns(layout, layout.sample[video]),
             decoder_inputs=inputs,
             copies=copies,
+            vision=self._vision(call) if self.needs_vision else None,
         )
         self._selecting = True
         try:
@@ -314,6 +327,23 @@ class Attachment:
         )
         self._stopwatch.start("prefill", embeds.device)
         return inputs
+
+    def _keep_vision(self, features: torch.Tensor) -> None:
+        holder = self._generation if self._call is None else self._call
+        if holder is not None and not self._selecting:
+            holder.vision = features
+
+    def _vision(self, call: Call) -> torch.Tensor:
+        """What went into the projector, of every sample once."""
+        features = call.vision
+        if features is None and self._generation is not None:
+            features = self._generation.vision
+        if features is None:
+            raise RuntimeError(
+                f"{self.selector.name} needs the vision tower's features, but the videos were encoded before this "
+                "call: give their pixels"
+            )
+        return self.adapter.vision_in_order(self.model, features, call.layout, call.copies)
 
     def _questions(self, call: Call) -> list[torch.Tensor]:
         """The question of each video: token ids [L] on the CPU."""

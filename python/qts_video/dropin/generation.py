@@ -19,7 +19,7 @@ _UNSUPPORTED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class Generation:
     """A ``generate()`` call, from its start to its end."""
 
@@ -29,6 +29,8 @@ class Generation:
     """[B, L], before samples are repeated for beams or several sequences."""
     has_video: bool
     """Whether ``input_ids`` hold a video."""
+    vision: torch.Tensor | None = None
+    """What went into the projector, where generate() encodes videos before the model runs (transformers 5.18 on)."""
 
     def copies(self, batch: int) -> int:
         """How often every sample is repeated in a ``batch`` that the model is given."""

@@ -47,6 +47,13 @@ class Layout:
         spans = zip(self.lengths, self.newline_spans, strict=True)
         return [length // span if span else 0 for length, span in spans]
 
+    def per_sample(self, of_videos: list[int]) -> list[int]:
+        """Numbers of the videos, added up for each sample."""
+        totals = [0] * self.batch
+        for number, sample in zip(of_videos, self.sample, strict=True):
+            totals[sample] += number
+        return totals
+
     def in_steps(self, sample: int) -> torch.Tensor:
         """[L] bool: the columns of a sample that belong to time steps of its videos, the tags around them included."""
         inside = torch.zeros(self.columns, dtype=torch.bool)

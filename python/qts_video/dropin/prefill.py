@@ -44,6 +44,9 @@ class Prefill:
     decoder_inputs: Mapping[str, Any]
     """Everything that the model passes to its decoder, for B * ``copies`` samples."""
     copies: int = 1
+    vision: torch.Tensor | None = None
+    """What went into the projector (``adapter.vision_in_order``), for selectors with ``needs_vision = True``; else
+    None."""
 
     @property
     def decoder(self) -> nn.Module:
@@ -93,6 +96,8 @@ class Call:
     dropped: Dropped | None = None
     labels: torch.Tensor | None = None
     loss_kwargs: dict[str, Any] = field(default_factory=dict)
+    vision: torch.Tensor | None = None
+    """What went into the projector while this call ran."""
 
 
 def find_seconds(

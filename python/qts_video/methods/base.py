@@ -41,7 +41,10 @@ class Videos:
 
 @runtime_checkable
 class Selector(Protocol):
-    """A selection method. Stateless between calls; an ``nn.Module`` where it has parameters."""
+    """A selection method. Stateless between calls; an ``nn.Module`` where it has parameters.
+
+    One that sets ``needs_vision = True`` finds what went into the projector in ``videos.context.vision``.
+    """
 
     name: str
     needs_question: bool
