@@ -109,7 +109,8 @@ def answer(
         with measure(model) as took:
             output = model.generate(**{**inputs, **pixels}, max_new_tokens=max_new_tokens, do_sample=False)
         report = None if handle is None else handle.last
-    generated = output[0, prompt:]
+    # A generate() that gives embeddings to the language model's has no ids of the prompt to return.
+    generated = output[0] if find_adapter(model).parts(model).generator is not None else output[0, prompt:]
     return Answer(
         text=processor.tokenizer.decode(generated, skip_special_tokens=True).strip(),
         tokens=tokens,

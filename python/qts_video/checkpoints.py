@@ -10,6 +10,7 @@ from qts_video.adapters import ADAPTERS
 from qts_video.methods.qtsplus import QTSplus
 from qts_video.weights import Checkpoint
 
+REMOTE = "internvl_chat"
 KNOWN = f"{', '.join(sorted(ADAPTERS))}, and {released.MODEL_TYPE} (a whole QTSplus checkpoint)"
 
 
@@ -19,6 +20,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any, QTSplus | None]:
     """A model of any family that has an adapter, and its processor; with the selector, where the checkpoint is a whole
     QTSplus one.
@@ -32,17 +34,29 @@ def load_model(
         dtype: None keeps that of the checkpoint.
         device: None leaves the model on the CPU.
         attn_implementation: as in ``from_pretrained``.
+        trust_remote_code: whether the code that lies with an ``internvl_chat`` checkpoint may run; no other needs it.
 
     Returns:
         The model (eval mode), the processor, and a selector of the model's dtype and device, or None.
 
     Raises:
         OSError: no such folder or model on the hub, or a file of it is missing.
-        ValueError: a model of another kind. RuntimeError: tensors that are not those of the model described.
+        ValueError: a model of another kind, or one that needs ``trust_remote_code``.
+        RuntimeError: tensors that are not those of the model described.
     """
     checkpoint = Checkpoint(path_or_id)
     kind = checkpoint.config.get("model_type")
-    if kind in ADAPTERS:
+    if kind == REMOTE:
+        if not trust_remote_code:
+            raise ValueError(
+                f"{checkpoint.name} ({REMOTE}) runs code of its own: read it, then allow it with "
+                "trust_remote_code=True; the same models in transformers' classes (names that end in -hf) need none"
+            )
+        from qts_video import internvl_chat
+
+        model, processor = internvl_chat.load(_local(checkpoint.name), dtype, attn_implementation)
+        selector = None
+    elif kind in ADAPTERS:
         model, processor = _load_ordinary(checkpoint.name, dtype, attn_implementation)
         selector = None
     elif released.is_released(checkpoint.config):
@@ -59,10 +73,16 @@ def load_model(
 def _load_ordinary(name: str, dtype: torch.dtype | None, attn_implementation: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    name = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    name = _local(name)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto", **options)
     return model, AutoProcessor.from_pretrained(name)
+
+
+def _local(name: str) -> str:
+    """A folder's path, or a hub id as it is."""
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
 
 
 def _load_released(
