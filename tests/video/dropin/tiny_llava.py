@@ -138,3 +138,38 @@ NEXT = Family(
     repeats=REPEATS,
 )
 FAMILIES = (_onevision(None), _onevision("grid"), _onevision("frame"), NEXT)
+
+
+POSITIONS = ("grid", "frame", "one_token", "no_token")
+
+
+def walk(grid, position):
+    """The tokens of a video in the order of the prompt: (frame, row, column) each, or a newline, as the set of the
+    tokens before it that share it."""
+    frames, height, width = grid
+    tokens, line = [], set()
+    for frame in range(frames):
+        for row in range(height):
+            for column in range(width):
+                tokens.append((frame, row, column))
+                line.add(tokens[-1])
+            if position == "grid":
+                tokens.append(frozenset(line))
+                line = set()
+        if position == "frame":
+            tokens.append(frozenset(line))
+            line = set()
+    return [*tokens, frozenset(line)] if position == "one_token" else tokens
+
+
+def span_of(grid, position):
+    frames, height, width = grid
+    return {"grid": width, "frame": height * width, "one_token": frames * height * width, "no_token": 0}[position]
+
+
+def cost(grid, position, tokens):
+    """Places that ``tokens`` take with their newlines."""
+    _, height, width = grid
+    places = {(i // (height * width), i // width % height, i % width) for i in tokens}
+    newlines = [what for what in walk(grid, position) if isinstance(what, frozenset)]
+    return len(places) + sum(position == "one_token" or bool(places & line) for line in newlines)
