@@ -1,4 +1,5 @@
-"""The embedded model is a real Qwen2.5-VL in everything but its weights."""
+"""The embedded models are real ones in everything but their weights. What families share is in
+``test_families_end_to_end.py``."""
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from qts_video import embedded
+from qts_video.adapters import find_adapter
 from qts_video.answer import answer, prepare
 from qts_video.video import Video
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
@@ -44,6 +46,25 @@ def test_seeded_and_leaves_the_global_generator_alone(built):
     assert not torch.equal(weights["lm_head.weight"], other.state_dict()["lm_head.weight"])
 
 
+@pytest.mark.parametrize("model_type", embedded.MODEL_TYPES)
+def test_every_family_is_its_own_and_small(model_type):
+    model, processor = embedded.build(model_type, seed=2)
+    assert model.config.model_type == find_adapter(model).model_type == model_type
+    assert sum(p.numel() for p in model.parameters()) < 10e6
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not model.training
+    assert len(processor.tokenizer) == model.get_input_embeddings().num_embeddings
+    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+    again, _ = embedded.build(model_type, seed=2)
+    weights = again.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_unknown_family():
+    with pytest.raises(ValueError, match="no embedded model of type 'bert'; known types: qwen2_5_vl, qwen3_vl, "):
+        embedded.build("bert")
+
+
 def test_inputs_are_those_of_qwen(built):
     model, processor = built
     inputs = prepare(processor, short_video(), "What moves?")
@@ -62,10 +83,11 @@ def test_seconds_of_a_step_follow_the_sampling_rate(built, fps):
     assert float(inputs["second_per_grid_ts"][0]) == pytest.approx(2 / fps)
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "llava_next_video"])
 @pytest.mark.parametrize("text", ["Which colour is the circle?", "zwölf Äpfel 😀", "a\n\nb   c 123"])
-def test_tokenizer_loses_nothing(built, text):
-    tokenizer = built[1].tokenizer
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
+def test_tokenizer_loses_nothing(model_type, text):
+    tokenizer = embedded.build_processor(model_type).tokenizer
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
 def test_checkpoint_loads_the_ordinary_way(built, tmp_path):
