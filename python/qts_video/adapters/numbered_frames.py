@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-_LABEL = re.compile(r"Frame[- ]?(\d+) ?: ?<img>\s*$")
+_LABEL = re.compile(r"Frame[- ]?(\d+)\s*:\s*<img>\s*$")
 _LONGEST_LABEL = 16  # tokens: a digit is one of its own
 _LONGEST_GAP = 12
 _LONGEST_NUMBER = 4
+_LONGEST_FIRST_NUMBER = 2
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _label_length(before: list[int], gap: list[int]) -> int:
     same = _common(before[::-1], gap[:0:-1])
     if same == 0:
         return 0
-    lengths = range(1, _LONGEST_NUMBER + 1)
+    lengths = range(1, _LONGEST_FIRST_NUMBER + 1)
     for ours, theirs in sorted(((a, b) for a in lengths for b in lengths), key=sum):
         words = _common(before[::-1][same + ours :], gap[:0:-1][same + theirs :])
         if words > 0:

@@ -169,10 +169,10 @@ def build_model(attn: str = "sdpa", *, language_model: str = "qwen2") -> InternV
 
 
 SKIPS = {
-    "test_decoding_by_hand": "the remote forward encodes images at every call: see test_internvl.py",
+    "test_decoding_by_hand": "the remote forward encodes images at every call: see test_internvl_chat.py",
     "test_other_ways_to_generate.*no cache": "transformers always takes a cache where it starts from embeddings",
-    "test_other_ways_to_generate.*beam": "without a cache there is nothing to compare with: see test_internvl.py",
-    "test_attach_finds_the_adapter": "the remote class is told by its parts: see test_internvl.py",
+    "test_other_ways_to_generate.*beam": "without a cache there is nothing to compare with: see test_internvl_chat.py",
+    "test_attach_finds_the_adapter": "the remote class is told by its parts: see test_internvl_chat.py",
 }
 FAMILIES = [
     replace(
