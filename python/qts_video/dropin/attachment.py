@@ -31,7 +31,8 @@ class Attachment:
     """A selector in a model. Hooks on four modules, and two methods of instances that have no hook of their
     own: ``generate`` of the model (to refuse what can't work, and to see the inputs that it takes away) and
     ``create_masks_for_generate`` of its generator, or the one of its own that it has instead (so that masks built
-    ahead for a compileable cache fit the shortened sequence). ``remove`` undoes it all.
+    ahead for a compileable cache fit the shortened sequence). Where the selector wants the vision tower's features, or
+    a cache is given, what encodes videos is replaced as well. ``remove`` undoes it all.
 
     Hooks and methods are bound to this object, so that a deep copy of the model gets an attachment of its
     own.

@@ -8,6 +8,7 @@ import torch
 from families import FAMILIES
 from qts_video import VideoCache
 from qts_video.adapters import find_adapter
+from qts_video.adapters.vision_order import first_copies
 from qts_video.methods import QTSplus, Uniform
 from tiny import VERSION, Keep, Video, every, keep_all, prompt, user
 
@@ -316,3 +317,30 @@ def test_features_of_videos_that_were_encoded_before_are_not_guessed():
         batch.pop("pixel_values_videos")
         with pytest.raises(RuntimeError, match="the videos were encoded before this call"):
             model(**batch, mm_encoder_outputs={"video": encoded})
+
+
+@pytest.mark.parametrize("size", [(3, 5, 3), (2, 1, 4), (1, 2, 2), (2, 4, 7)])
+def test_qwen2_5_sees_windows_put_back_in_order(size):
+    """Videos of which no window, some windows or all windows are whole, behind another video."""
+    family = FAMILIES["qwen2_5_vl"]
+    model, selector = family.build_model(), Sees(every(2))
+    batch = family.inputs(prompt(user(Video(2, 3, 3), Video(*size), [30])), prompt(user(Video(1, 3, 2), [31])))
+    with qts_video.attach(model, selector), torch.no_grad():
+        model(**batch)
+    (vision,), (videos,) = selector.vision, selector.calls
+    projected = model.model.visual.merger(vision.flatten(0, 1))
+    torch.testing.assert_close(projected, videos.tokens, rtol=0, atol=1e-10)
+
+
+def test_features_of_another_number_of_samples_raise():
+    features = torch.arange(6).view(6, 1)
+    assert first_copies(features, [2, 4], copies=3) is features
+    assert first_copies(features, [1, 2], copies=2).flatten().tolist() == [0, 2, 3]
+    with pytest.raises(RuntimeError, match=r"given 6 rows of features, but 2 samples with \[1, 2\] rows in 3 copies"):
+        first_copies(features, [1, 2], copies=3)
+
+
+@pytest.mark.parametrize("cache", [{}, True])
+def test_a_cache_is_a_video_cache(cache):
+    with pytest.raises(TypeError, match="cache must be a VideoCache, got"):
+        qts_video.attach(FAMILIES["qwen3_vl"].build_model(), Uniform(0.5), cache=cache)
