@@ -37,7 +37,8 @@ def attach(
             parameters must be on the model's device and in its dtype; they do not become part of the model.
         tokenizer: the model's tokenizer or processor, by which a selector's question is found in the prompt:
             the text of its last user turn. Not needed where the model has the official vocabulary, the
-            selector needs no question, or the question is given with ``handle.question(...)``.
+            selector needs no question, or the question is given with ``handle.question(...)``. InternVL needs it to
+            tell frames from images for sure: see ``qts_video.adapters.numbered_frames``.
         positions: "original": kept tokens keep the rotary positions that they had. "compact": every sample's
             tokens get consecutive positions (what the released QTSplus models were trained with).
         cache: where encoded videos are kept, so that further questions about a video run neither the vision tower
