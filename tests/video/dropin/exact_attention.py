@@ -1,5 +1,6 @@
 """Attention of a whole model in float64, written out and remembered: the reference of early exit and relevance."""
 
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -32,14 +33,45 @@ def exact_attention(decoder, valid=None):
     """In this context, ``decoder`` attends by ``Exact``. ``valid``: [B, L] bool, where nothing is padded."""
     exact = Exact()
     exact.valid = valid
+    if hasattr(decoder.layers[0], "self_attn"):
+        swap = _by_interface(decoder, exact)
+    else:
+        swap = _in_internlm2(decoder, exact)
+    with swap:
+        yield exact
+
+
+@contextmanager
+def _by_interface(decoder, exact):
     AttentionInterface.register(NAME, exact)
-    configs = {id(config): config for config in (layer.self_attn.config for layer in decoder.layers)}
-    configs[id(decoder.config)] = decoder.config
-    before = {number: config._attn_implementation for number, config in configs.items()}
-    for config in configs.values():
+    configs = [decoder.config, *(layer.self_attn.config for layer in decoder.layers)]
+    before = decoder.config._attn_implementation
+    for config in configs:
         config._attn_implementation = NAME
     try:
-        yield exact
+        yield
     finally:
-        for number, config in configs.items():
-            config._attn_implementation = before[number]
+        for config in configs:
+            config._attn_implementation = before
+
+
+@contextmanager
+def _in_internlm2(decoder, exact):
+    code = sys.modules[type(decoder.layers[0].attention).__module__]
+    attend, running = code.scaled_dot_product_attention, []
+    hooks = [
+        layer.attention.register_forward_pre_hook(lambda module, args: running.append(module))
+        for layer in decoder.layers
+    ]
+
+    def replaced(query, key, value, mask, enable_gqa):
+        output, _ = exact(running[-1], query, key, value, mask, running[-1].head_dim**-0.5)
+        return output.transpose(1, 2)
+
+    code.scaled_dot_product_attention = replaced
+    try:
+        yield
+    finally:
+        code.scaled_dot_product_attention = attend
+        for hook in hooks:
+            hook.remove()
