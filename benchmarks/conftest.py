@@ -47,8 +47,9 @@ def timed(benchmark, device):
         benchmark.extra_info.update(op=op, shape=shape, who=who)
         fn()
         if device == "cpu":
-            rounds = max(5, min(50, int(2.0 / max(_once(fn), 1e-4))))
-            benchmark.pedantic(fn, rounds=rounds, iterations=1, warmup_rounds=2)
+            once = _once(fn)
+            rounds = max(5, min(50, int(2.0 / max(once, 1e-4)))) if once < 5 else 2
+            benchmark.pedantic(fn, rounds=rounds, iterations=1, warmup_rounds=2 if once < 5 else 0)
             return
         replay = _captured(fn) if graph else fn
         scrub = torch.empty(256 << 20, dtype=torch.int8, device=device)  # several times the L2 of any card so far
@@ -85,10 +86,14 @@ def _captured(fn):
 
 
 def rows(benchmarks) -> list[dict]:
-    """One dictionary a benchmark: op, shape, who, median and interquartile range in seconds, and the median's ratio
-    to ours."""
+    """One dictionary a benchmark: op, shape, who, median and interquartile range in seconds, the median's ratio to
+    ours, and where it was measured the peak memory in MB and the limit that the FLOPs set to a speed-up."""
     found = [
-        {**{k: b.extra_info[k] for k in ("op", "shape", "who")}, "median_s": b.stats.median, "iqr_s": b.stats.iqr}
+        {
+            **{k: b.extra_info[k] for k in ("op", "shape", "who", "peak_mb", "flop_ratio") if k in b.extra_info},
+            "median_s": b.stats.median,
+            "iqr_s": b.stats.iqr,
+        }
         for b in benchmarks
         if "op" in b.extra_info and not b.has_error
     ]
@@ -113,7 +118,8 @@ def pytest_terminal_summary(terminalreporter, config):
         write(f"{op}  {shape}")
         for r in sorted(group, key=lambda r: r["median_s"]):
             ratio = "" if r["ratio_to_ours"] is None else f"{r['ratio_to_ours']:8.2f}x"
-            write(f"    {r['who']:34s} {r['median_s'] * 1e3:10.3f} ms  +- {r['iqr_s'] * 1e3:7.3f} {ratio}")
+            peak = "" if "peak_mb" not in r else f"   peak {r['peak_mb']} MB"
+            write(f"    {r['who']:34s} {r['median_s'] * 1e3:10.3f} ms  +- {r['iqr_s'] * 1e3:7.3f} {ratio:>9}{peak}")
     RESULTS.mkdir(exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9]+", "-", machine()).strip("-").lower()
     path = RESULTS / f"{name}.json"
