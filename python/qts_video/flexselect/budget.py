@@ -73,7 +73,7 @@ def best_with_newlines(
     device, total = scores.device, len(scores)
     lengths = torch.tensor([len(segment) for segment in segments])
     rows = torch.cat(list(segments)).to(device)
-    segment = torch.repeat_interleave(torch.arange(len(segments)), lengths).to(device)
+    segment = torch.arange(len(segments)).repeat_interleave(lengths, output_size=len(rows)).to(device)
     line = torch.cat([s if of is None else of for s, of in zip(segments, lines, strict=True)]).to(device)
     charged = torch.tensor([of is not None for of in lines]).to(device)[segment]
     budget = torch.tensor(budgets).to(device)
