@@ -10,8 +10,10 @@ from transformers.video_utils import VideoMetadata
 
 from .adapters import find_adapter
 from .attach import attach
+from .cache import VideoCache
 from .dropin.report import Report
 from .measure import Measurement, measure
+from .methods import Uniform
 from .newlines import newline_layout
 from .video import Video, VideoError
 
@@ -89,8 +91,10 @@ def answer(
     *,
     positions: str = "original",
     max_new_tokens: int = 128,
+    cache: VideoCache | None = None,
 ) -> Answer:
-    """Greedy answer to ``prepare``'s inputs, measured. ``selector`` None runs the model as it is."""
+    """Greedy answer to ``prepare``'s inputs, measured. ``selector`` None runs the model as it is; ``cache`` keeps
+    encoded videos for further questions."""
     seconds = inputs.seconds_per_step
     with ExitStack() as stack:
         position = getattr(model.config, "mm_newline_position", None)
@@ -103,12 +107,13 @@ def answer(
         prompt = inputs["input_ids"].shape[1]
         tokens = int((inputs["input_ids"] == find_adapter(model).video_token_id(model)).sum())
         handle = None
-        if selector is not None:
-            handle = stack.enter_context(attach(model, selector, tokenizer=processor.tokenizer, positions=positions))
-            handle.seconds_per_step(seconds)
+        if selector is not None or cache is not None:
+            attached = Uniform() if selector is None else selector  # without bounds it keeps everything, bit for bit
+            handle = attach(model, attached, tokenizer=processor.tokenizer, positions=positions, cache=cache)
+            stack.enter_context(handle).seconds_per_step(seconds)
         with measure(model) as took:
             output = model.generate(**{**inputs, **pixels}, max_new_tokens=max_new_tokens, do_sample=False)
-        report = None if handle is None else handle.last
+        report = None if selector is None else handle.last
     # A generate() that gives embeddings to the language model's has no ids of the prompt to return.
     generated = output[0] if find_adapter(model).parts(model).generator is not None else output[0, prompt:]
     return Answer(

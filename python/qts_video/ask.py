@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .answer import Answer, answer, prepare
+from .cache import VideoCache
 from .demo import mebibytes
 from .loading import CommandError, check_methods, choose, load, read
 from .video import Video
@@ -23,6 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.positions is None:
             arguments.positions = "compact" if selector is not None and selector is trained else "original"
     several = len(arguments.questions) > 1
+    cache = VideoCache() if several else None
     for number, question in enumerate(arguments.questions):
         with contextlib.redirect_stdout(sys.stderr):
             result = answer(
@@ -32,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
                 selector,
                 positions=arguments.positions,
                 max_new_tokens=arguments.max_new_tokens,
+                cache=cache,
             )
             if arguments.save_overlay:
                 _draw(arguments, question, result, video)

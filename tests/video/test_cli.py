@@ -151,11 +151,23 @@ def test_several_questions(ask):
     assert status == 0
     assert [one["question"] for one in said] == list(questions)
     assert said[0]["answer"] == said[2]["answer"]
+    assert said[0]["kept_tokens"] == said[2]["kept_tokens"]
     assert err == ""
     status, out, err = ask("--method", "none", questions=questions[:2])
     alone = [ask("--method", "none", questions=[question])[1] for question in questions[:2]]
     assert out == f"What moves?\n{alone[0]}\nWhere is it?\n{alone[1]}\n"
     assert (err.count("video   "), err.count("tokens  ")) == (1, 2)
+
+
+@pytest.mark.parametrize("method", ["uniform", "none"])
+def test_several_questions_encode_the_video_once(ask, method):
+    alone = json.loads(ask("--json", "--method", method, questions=["Where is it?"])[1])
+    out = ask("--json", "--method", method, questions=("What moves?", "Where is it?"))[1]
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert first["timings"]["vision"] > 0
+    assert second["timings"]["vision"] == 0
+    assert alone["timings"]["vision"] > 0
+    assert {**second, "timings": 0, "peak_memory_bytes": 0} == {**alone, "timings": 0, "peak_memory_bytes": 0}
 
 
 def test_embedded_model(ask):

@@ -211,6 +211,12 @@ class TestTimeline:
     def test_newlines_count(self):
         assert timeline("x", report([0], newlines=4, kept_newlines=1)).heading.startswith("x: 2 of 16 ")
 
+    def test_a_long_question_is_cut(self):
+        heading = timeline("uniform, “" + "why " * 60 + "”", report([0])).heading
+        assert heading.startswith("uniform, “why why")
+        assert heading.endswith(" …: 1 of 12 video tokens (8.3%)")
+        assert len(heading) < 140
+
     def test_a_long_video_has_steps_in_common_bars(self):
         steps = 2 * MAX_BARS + 1
         scores = torch.arange(steps * 2.0)

@@ -1,6 +1,7 @@
 """When the kept tokens are: tokens a second of video, and relevance, a row a selection."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,7 +46,8 @@ class Timeline:
 
     @property
     def heading(self) -> str:
-        return f"{self.name}: {self.kept:,} of {self.total:,} video tokens ({self.kept / self.total:.1%})"
+        name = textwrap.shorten(self.name, 100, placeholder=" …")
+        return f"{name}: {self.kept:,} of {self.total:,} video tokens ({self.kept / self.total:.1%})"
 
 
 def timeline(name: str, report: "VideoReport") -> Timeline:
