@@ -515,7 +515,11 @@ class TestCommand:
             (["heatmap", "FILM", "What?", "--frames", "17"], ["--frames", "16"]),
             (["heatmap", "none.mp4", "What?"], ["none.mp4", "no such file"]),
             (["timeline", "FILM", "What?"], ["holds no selector"]),
-            (["timeline", "FILM", "What?", "--method", "flexselect", "--layer", "4"], ["layer of 0 .. 3"]),
+            (["timeline", "FILM", "What?", "--method", "flexselect", "--layer", "2"], ["--max-tokens N"]),
+            (
+                ["timeline", "FILM", "What?", "--method", "flexselect", "--layer", "4", "--max-tokens", "9"],
+                ["layer of 0 .. 3", "got 4"],
+            ),
             (["timeline", "FILM", "What?", "--method", "uniform", "--layer", "1"], ["--layer", "flexselect"]),
             (["recall", "FILM", "--needle", "a.png"], ["--needle", "--question"]),
             (["recall", "FILM", "--needle", "none.png", "--question", "What?"], ["none.png", "no such file"]),
