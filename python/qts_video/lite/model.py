@@ -29,7 +29,7 @@ class LiteSelector(nn.Module):
     The small model reads the prompt's token ids with its own embeddings and the videos through its own projector.
     All its layers but the last run; the last layer's queries and keys are the scores. What comes behind them (values,
     output projection and feed-forward of the last layer, the final norm) is dead, and does not exist here, nor does
-    the head.
+    the head. Of a prompt for Qwen or LLaVA it does not see images: only what encodes videos is recorded.
 
     Args:
         config: the shape.
@@ -205,9 +205,7 @@ class LiteSelector(nn.Module):
         the small model's prompt must leave out. None of InternVL's, where all tiles are recorded."""
         if self.config.family == "internvl":
             return torch.zeros_like(layout.valid)
-        images = layout.input_ids == image_token_id
-        images.view(-1)[torch.cat([layout.rows, layout.newline_rows])] = False
-        return images
+        return layout.input_ids == image_token_id
 
     def _image_token_id(self, context: Any) -> int:
         if self.config.family == "internvl":  # its videos are images
@@ -227,8 +225,6 @@ class LiteSelector(nn.Module):
                 f"the Lite selector is {self.dtype} on {self.device}, the model's vision features are {vision.dtype} "
                 f"on {vision.device}: move it there with .to(), or by FlexSelect.lite(..., device=, dtype=)"
             )
-        if len(layout.newline_rows) and self.image_newline is None:
-            raise ValueError(f"the prompt has newline tokens, and the {self.config.family} family has no image_newline")
         text = layout.valid & (layout.input_ids != image_token_id)
         text.view(-1)[torch.cat([layout.rows, layout.newline_rows])] = False
         largest = int(layout.input_ids[text].max()) if bool(text.any()) else 0

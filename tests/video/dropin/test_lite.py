@@ -47,10 +47,10 @@ def build_lite(model, **options):
     return sharpen(LiteSelector.build(model, **{**SIZES, **options}))
 
 
-def read_videos(model, batch):
+def read_videos(model, batch, needs_vision=True):
     """What a method that needs vision features is given."""
     selector = Keep(keep_all)
-    selector.needs_vision = True
+    selector.needs_vision = needs_vision
     with qts_video.attach(model, selector), torch.no_grad():
         model(**batch)
     return selector.calls[0]
@@ -328,6 +328,7 @@ def test_lite_by_path(family, model, tmp_path, recwarn):
         scores = handle.last.videos[0].scores
     videos = read_videos(model, batch)
     assert torch.equal(scores, score(lite, videos).float())
+    assert FlexSelect.lite(tmp_path, device="cpu", dtype=torch.float32).selector.dtype == torch.float32
     assert not [w for w in recwarn if "FlexSelect" in str(w.message)]  # it saves from few frames on
 
 
@@ -376,6 +377,11 @@ class TestRefused:
             build_lite(model, vocab_size=5000).scorer(videos)
         with pytest.raises(ValueError, match=r"holds token id 50\d, and the Lite selector's vocabulary ends at 300"):
             build_lite(model, vocab_size=300).scorer(videos)
+
+    def test_no_vision_features(self, family, model):
+        videos = read_videos(model, family.inputs(*family.prompts["one"]), needs_vision=False)
+        with pytest.raises(ValueError, match=r"context\.vision is None: a method .* must have needs_vision = True"):
+            build_lite(model).scorer(videos)
 
     def test_number_of_features(self, family, model):
         videos = read_videos(model, family.inputs(*family.prompts["one"]))
