@@ -10,6 +10,7 @@ from qts_video import VideoCache
 from qts_video.adapters import find_adapter
 from qts_video.adapters.vision_order import first_copies
 from qts_video.methods import QTSplus, Uniform
+from qts_video.newlines import newline_layout
 from tiny import VERSION, Keep, Video, every, keep_all, prompt, user
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
@@ -344,3 +345,34 @@ def test_features_of_another_number_of_samples_raise():
 def test_a_cache_is_a_video_cache(cache):
     with pytest.raises(TypeError, match="cache must be a VideoCache, got"):
         qts_video.attach(FAMILIES["qwen3_vl"].build_model(), Uniform(0.5), cache=cache)
+
+
+def test_what_else_the_result_depends_on_tells_calls_apart():
+    family, cache = FAMILIES["qwen3_vl"], VideoCache()
+    model, batch = family.build_model(), family.inputs(*family.prompts["one"])
+    with qts_video.attach(model, Uniform(0.5), cache=cache):
+        ask(model, batch, "forward")
+        model.train()
+        ask(model, batch, "forward")
+        model.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            ask(model, batch, "forward")
+        model.set_attn_implementation("eager")
+        ask(model, batch, "forward")
+        assert (cache.hits, cache.misses) == (0, 4)
+        model.set_attn_implementation("sdpa")
+        ask(model, batch, "forward")
+    assert (cache.hits, cache.misses) == (1, 4)
+
+
+def test_a_newline_layout_tells_calls_apart():
+    family, cache = FAMILIES["llava_onevision"], VideoCache()
+    model, batch = family.build_model(), family.inputs(*family.prompts["one"])
+    options = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    tokens = []
+    for position in ("grid", "frame", "grid"):
+        with newline_layout(model, position), qts_video.attach(model, Uniform(0.5), cache=cache), torch.no_grad():
+            encoded = model.model.get_video_features(batch["pixel_values_videos"], **options)
+            tokens.append(len(getattr(encoded, "pooler_output", encoded)[0]))
+    assert tokens[0] == tokens[2] > tokens[1]
+    assert (cache.hits, cache.misses) == (1, 2)
