@@ -129,7 +129,7 @@ def test_an_answer(loaded, video):
     kept = answer(model, processor, inputs, Uniform(retention_ratio=1.0), max_new_tokens=4)
     assert (plain.tokens, kept.kept, kept.text) == (tokens, tokens, plain.text)
     assert 1 <= plain.generated_tokens <= 4
-    for selector in (Uniform(max_tokens=3), QTSplus.from_language_model(model.language_model, max_tokens=3)):
+    for selector in (Uniform(max_tokens=3), QTSplus.from_language_model(model, max_tokens=3)):
         fewer = answer(model, processor, inputs, selector, max_new_tokens=2)
         assert (fewer.kept, fewer.generated_tokens <= 2) == (3, True)
         assert fewer.report.videos[0].frame_seconds.tolist() == pytest.approx([0, 0.5, 1])
