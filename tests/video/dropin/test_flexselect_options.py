@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import qts_video
+import tiny_qwen
+import tiny_qwen3
 import torch
 from exact_attention import exact_attention
 from qts_video.flexselect import defaults
@@ -317,16 +319,19 @@ def test_weights_that_accelerate_moves(own):
 
 @quiet
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
-def test_layers_before_keep_their_attention(own, attn):
-    """And a config that asks for hidden states, which makes transformers wrap forwards."""
-    own.set_attn_implementation(attn)
-    wanted = run(own, ONE, FlexSelect(2, 9, frames_per_set=2))
-    own.config.get_text_config().output_hidden_states = True
-    forwards = [layer.forward for layer in own.model.language_model.layers]
-    ours = run(own, ONE, FlexSelect(2, 9, frames_per_set=2))
+@pytest.mark.parametrize("tiny", [tiny_qwen, tiny_qwen3], ids=["qwen2_5_vl", "qwen3_vl"])
+def test_the_model_is_configured_as_before(tiny, attn):
+    """With a config that asks for hidden states too: then transformers 4 swaps the layers' forwards while they run."""
+    own = tiny.build_model(attn)
+    batch = tiny.inputs(prompt(user(Video(4), [30, 31, 32])))
+    wanted = run(own, batch, FlexSelect(2, 9, frames_per_set=2))
+    decoder = own.model.language_model
+    decoder.config.output_hidden_states = True
+    forwards = [layer.forward for layer in decoder.layers]
+    ours = run(own, batch, FlexSelect(2, 9, frames_per_set=2))
     assert torch.equal(ours.videos[0].scores, wanted.videos[0].scores)
-    assert [layer.forward for layer in own.model.language_model.layers] == forwards
-    assert own.model.language_model.config._attn_implementation == attn
+    assert [layer.forward for layer in decoder.layers] == forwards
+    assert {layer.self_attn.config._attn_implementation for layer in decoder.layers} == {attn}
 
 
 @quiet
