@@ -65,7 +65,7 @@ def _in_internlm2(decoder, exact):
     ]
 
     def replaced(query, key, value, mask, enable_gqa):
-        output, _ = exact(running[-1], query, key, value, mask, running[-1].head_dim**-0.5)
+        output, _ = exact(running[-1], query, key, value, mask, running[-1].head_dim ** -0.5)
         return output.transpose(1, 2)
 
     code.scaled_dot_product_attention = replaced
