@@ -70,12 +70,13 @@ class NewlineLayout:
     def remove(self) -> None:
         """Leave the model as it was before. Does nothing the second time.
 
-        Raises RuntimeError where ``get_video_features`` was replaced again since.
+        Raises RuntimeError where ``get_video_features`` was replaced since, as ``attach`` does for a cache or a method
+        that needs vision features: the last in must be the first out.
         """
         if self._base is None:
             return
         if self._base.__dict__.get(_METHOD) is not self:
-            raise RuntimeError(f"{_METHOD} was replaced after newline_layout: undo that first")
+            raise RuntimeError(f"{_METHOD} was replaced after newline_layout: undo that first (last in, first out)")
         if self._replaced is None:
             delattr(self._base, _METHOD)
         else:

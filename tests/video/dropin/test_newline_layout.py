@@ -172,3 +172,26 @@ def test_prepare_writes_the_placeholders(onevision, position, side):
     assert torch.equal(prepared["labels"], wanted["input_ids"].masked_fill(wanted["attention_mask"] == 0, -100))
     with pytest.raises(ValueError, match=r"expected 28 placeholders for every video of grid \(3, 3, 3\).*got \[29\]"):
         layout.prepare(plain | {k: torch.tensor([[VIDEO] * 29]) for k in ("input_ids", "attention_mask")})
+
+
+@pytest.mark.parametrize("attached_first", [True, False])
+def test_a_cache_of_encoded_videos(onevision, attached_first):
+    """It keeps the features of the layout, or those that the layout is made from; last in, first out."""
+    batch, cache, logits = given("grid", *TWO), qts_video.VideoCache(), []
+    enter = [
+        lambda: newline_layout(onevision, "grid"),
+        lambda: qts_video.attach(onevision, Keep(every(7)), cache=cache),
+    ]
+    inner, outer = [make() for make in (reversed(enter) if attached_first else enter)]
+    with torch.no_grad():
+        logits = [onevision(**batch).logits for _ in range(2)]
+    assert (cache.hits, cache.misses) == (1, 1)
+    if not attached_first:
+        with pytest.raises(RuntimeError, match="last in, first out"):
+            inner.remove()
+    outer.remove()
+    inner.remove()
+    with newline_layout(onevision, "grid"), qts_video.attach(onevision, Keep(every(7))), torch.no_grad():
+        logits.append(onevision(**batch).logits)
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
