@@ -92,7 +92,7 @@ def draw_recall(
     axes.set_ylim(0, min(1.08 * top, 112))
     axes.annotate(
         f"layer {best}: {height:.1f} %",
-        (best, trials[layers.index(best)].max()),
+        (best, height),
         xytext=(0, 13),
         textcoords="offset points",
         ha=_side(layers.index(best), len(layers)),
