@@ -107,9 +107,10 @@ def _load_released(
         model = Qwen2_5_VLForConditionalGeneration(config)
     if config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
+    dtype = dtype or state["model.language_model.embed_tokens.weight"].dtype
+    # The parameters alone: model.to(dtype) would round the rotary frequencies too, which stay in float32.
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     model.tie_weights()
-    model = model.to(dtype or state["model.language_model.embed_tokens.weight"].dtype)
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model, processor

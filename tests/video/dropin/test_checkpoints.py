@@ -175,6 +175,9 @@ def test_dtype_and_token_ids_from_the_tokenizer(tmp_path, processor):
     write_released(tmp_path, processor, dtype=torch.bfloat16, ids_in_config=False)
     model, loaded_processor, selector = load_model(tmp_path)
     assert {p.dtype for p in [*model.parameters(), *selector.parameters()]} == {torch.bfloat16}
+    exact = load_model(tmp_path, dtype=torch.float32)[0]
+    for (name, buffer), (_, wanted) in zip(model.named_buffers(), exact.named_buffers(), strict=True):
+        assert torch.equal(buffer, wanted), f"{name} was rounded"  # rotary frequencies stay in float32
     assert model.config.video_token_id == loaded_processor.tokenizer.convert_tokens_to_ids("<|video_pad|>")
     assert logits(model, loaded_processor).isfinite().all()
     model, _, selector = load_model(tmp_path, dtype=torch.float32, device="cpu", attn_implementation="eager")
