@@ -125,7 +125,7 @@ def test_flexselect(ask):
     assert len(said["kept_tokens"]["score"]) == 7
     assert err.startswith("qts: training-free FlexSelect on 3 frames")
     mean = json.loads(ask(*options, "--reduce", "mean")[1])["kept_tokens"]["score"]
-    question = json.loads(ask(*options, "--query", "question")[1])["kept_tokens"]["score"]
+    question = json.loads(ask(*options, "--reduce", "mean", "--query", "question")[1])["kept_tokens"]["score"]
     sets = json.loads(ask(*options, "--frames-per-set", "2")[1])["kept_tokens"]
     assert len({tuple(scores) for scores in (said["kept_tokens"]["score"], mean, question, sets["score"])}) == 4
     in_first_set = sum(frame != 1 for frame in sets["frame"])  # steps 0 and 2; step 1 is the other set
