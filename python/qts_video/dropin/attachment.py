@@ -16,7 +16,7 @@ from qts_video.dropin.dropped import forget_if_reset, recall, remember
 from qts_video.dropin.generation import Generation, arguments_by_name, check_generate, read_generation
 from qts_video.dropin.layout import Layout, to_host
 from qts_video.dropin.prefill import Call, Prefill, add_question, find_seconds, pack_videos, shorten_decoder_inputs
-from qts_video.dropin.question import find_question
+from qts_video.dropin.question import find_question, occurrences
 from qts_video.dropin.report import Report
 from qts_video.dropin.shorten import kept_columns
 from qts_video.dropin.stopwatch import Stopwatch
@@ -291,7 +291,7 @@ class Attachment:
             inputs_embeds=embeds,
             position_ids=None if positions is None else positions[..., ::copies, :],
             attention_mask=None if mask is None else mask[::copies],
-            find_question=lambda video: self._question_columns(layout, layout.sample[video]),
+            find_question=lambda video: self._find_question(layout, layout.sample[video]),
             decoder_inputs=inputs,
             copies=copies,
             vision=self._vision(call) if self.needs_vision else None,
@@ -348,18 +348,35 @@ class Attachment:
 
     def _questions(self, call: Call) -> list[torch.Tensor]:
         """The question of each video: token ids [L] on the CPU."""
-        given, layout = self.given_question, call.layout
-        if given is not None:
-            if len(given) not in (1, layout.batch):
-                raise ValueError(f"{len(given)} questions were given for a batch of {layout.batch}")
-            return [given[sample if len(given) > 1 else 0] for sample in layout.sample]
+        layout = call.layout
+        if self.given_question is not None:
+            return [self._given(layout, sample) for sample in layout.sample]
         of_sample = {
             sample: layout.input_ids[sample][self._question_columns(layout, sample)] for sample in set(layout.sample)
         }
         return [of_sample[sample] for sample in layout.sample]
 
+    def _given(self, layout: Layout, sample: int) -> torch.Tensor:
+        given = self.given_question
+        if len(given) not in (1, layout.batch):
+            raise ValueError(f"{len(given)} questions were given for a batch of {layout.batch}")
+        return given[sample if len(given) > 1 else 0]
+
+    def _find_question(self, layout: Layout, sample: int) -> torch.Tensor:
+        """Where the question of a sample is in its prompt, found or given: columns [Lq] int64 on the CPU."""
+        if self.given_question is None:
+            return self._question_columns(layout, sample)
+        question, columns = self._given(layout, sample), layout.valid[sample].nonzero().squeeze(1)
+        found = occurrences(layout.input_ids[sample][columns], question.tolist())
+        if len(found) == 0:
+            raise ValueError(
+                f"the question given with handle.question(...) is not in the prompt of sample {sample}, token for "
+                "token, so nothing can be read of its attention: leave it out, and the last user turn's text is taken"
+            )
+        return columns[int(found[-1]) :][: len(question)]
+
     def _question_columns(self, layout: Layout, sample: int) -> torch.Tensor:
-        """Where the question of a sample is: columns [Lq] int64 on the CPU."""
+        """Where the last user turn's text is in the prompt of a sample: columns [Lq] int64 on the CPU."""
         if self.markers is None:
             raise ValueError(
                 f"{self.selector.name} needs the question, and the model's vocabulary is not the official one: give "

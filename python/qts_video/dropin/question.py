@@ -80,7 +80,7 @@ def find_question(ids: torch.Tensor, markers: ChatMarkers, vision_ids: Sequence[
     Raises:
         ValueError: there is no user turn, or it holds no text.
     """
-    openings = [(int(found[-1]), len(text)) for text in markers.opening if len(found := _occurrences(ids, text))]
+    openings = [(int(found[-1]), len(text)) for text in markers.opening if len(found := occurrences(ids, text))]
     if not openings:
         raise ValueError(
             "no user turn in input_ids: the question is the text of the last user turn, so the prompt must come "
@@ -88,7 +88,7 @@ def find_question(ids: torch.Tensor, markers: ChatMarkers, vision_ids: Sequence[
         )
     start = sum(max(openings))  # the last one, as long as it can be read
     turn = ids[start:]
-    ends = [int(found[0]) for text in markers.closing if len(found := _occurrences(turn, text))]
+    ends = [int(found[0]) for text in markers.closing if len(found := occurrences(turn, text))]
     turn = turn[: min(ends, default=len(turn))]
     text = (~torch.isin(turn, torch.tensor(vision_ids))).nonzero().squeeze(1)
     stretches = text.tensor_split((text.diff() > 1).nonzero().squeeze(1) + 1)
@@ -163,7 +163,7 @@ def _spellings(tokenizer: Any, text: str) -> set[tuple[int, ...]]:
     return spellings
 
 
-def _occurrences(ids: torch.Tensor, pattern: Sequence[int]) -> torch.Tensor:
+def occurrences(ids: torch.Tensor, pattern: Sequence[int]) -> torch.Tensor:
     """Where ``pattern`` [K] starts in ``ids`` [L]: [n] int64, ascending."""
     if len(ids) < len(pattern):
         return ids.new_empty(0)

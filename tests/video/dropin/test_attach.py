@@ -90,7 +90,7 @@ def test_an_unknown_model_names_the_known_ones():
         config = transformers.PretrainedConfig()
 
     for unknown in (Other(), torch.nn.Linear(2, 2)):
-        with pytest.raises(TypeError, match="known model types: .*qwen2_5_vl"):
+        with pytest.raises(TypeError, match=r"known model types: .*qwen2_5_vl"):
             qts_video.attach(unknown, Uniform(0.5))
 
 

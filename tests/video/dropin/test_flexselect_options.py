@@ -193,6 +193,24 @@ def test_the_question_alone_may_ask(model):
     assert not torch.equal(found["question"], found["prompt"])
 
 
+@quiet
+def test_a_given_question_asks_where_it_stands_in_the_prompt(model):
+    batch = inputs(prompt(user([40], Video(2), [30, 31, 32, 33])))
+    scores = {}
+    for given in ([31, 32], [30, 31, 32, 33], None):
+        with qts_video.attach(model, FlexSelect(1, 5, query="question"), tokenizer=Tokenizer()) as handle:
+            handle.question(given)
+            with torch.no_grad():
+                model(**batch)
+        scores[None if given is None else len(given)] = handle.last.videos[0].scores
+    assert not torch.equal(scores[2], scores[None])
+    assert torch.equal(scores[4], scores[None])
+    with qts_video.attach(model, FlexSelect(1, 5, query="question"), tokenizer=Tokenizer()) as handle:
+        handle.question([31, 33])
+        with torch.no_grad(), pytest.raises(ValueError, match="is not in the prompt of sample 0, token for token"):
+            model(**batch)
+
+
 def test_reductions_by_the_names_of_the_published_code(model):
     videos = videos_of(model, SEVERAL)
     scores = {
