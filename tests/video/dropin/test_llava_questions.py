@@ -6,7 +6,7 @@ import pytest
 import qts_video
 import torch
 from qts_video.adapters import ADAPTERS
-from qts_video.dropin.question import ChatMarkers, find_question
+from qts_video.dropin.question import ChatMarkers, find_question, resolve_text_markers
 from qts_video.embedded.tokenizer import build_llama_tokenizer, build_qwen_tokenizer
 from tiny import Keep, Video, every, prompt, user
 from tiny_llava import NEXT
@@ -62,6 +62,15 @@ def test_the_question_and_nothing_of_the_template(tokenizers, family, vocabulary
     assert text.lstrip(" ") == ASKED  # a space may be merged into the first word
     assert tokenizer.decode(found[:1]).strip()
     assert tokenizer.decode(found[-1:]).strip()
+
+
+@pytest.mark.parametrize("before", ["", " ", "\n", "A star. "])
+def test_markers_in_text_whose_space_the_vocabulary_merges(tokenizers, before):
+    tokenizer = tokenizers["qwen"]
+    assert tokenizer.encode(" A") != tokenizer.encode(" ") + tokenizer.encode("A")
+    markers = resolve_text_markers(tokenizer, opening=("AQ:",), closing=("AA:",), blanks=(" ", "\n"))
+    ids = torch.tensor(tokenizer.encode(f"{before}AQ: {ASKED} AA:"))
+    assert tokenizer.decode(ids[find_question(ids, markers, ())]).lstrip(" ") == ASKED
 
 
 @pytest.mark.parametrize(("family", "vocabulary"), [("llava_onevision", "qwen"), ("llava_next_video", "llama")])
