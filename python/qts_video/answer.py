@@ -43,6 +43,17 @@ class Answer:
         return {"vision": took.vision, "selection": selection, "prefill": took.prefill, "total": took.total}
 
 
+def seen_frames(processor: Any, frames: torch.Tensor) -> torch.Tensor:
+    """What the model sees of ``frames`` [F, 3, H, W], for pictures: the centre square, where its processor cuts it
+    out (LLaVA-NeXT-Video), else all of it."""
+    if not getattr(processor.video_processor, "do_center_crop", False):
+        return frames
+    height, width = frames.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return frames[..., top : top + side, left : left + side]
+
+
 class Prompt(BatchFeature):
     """The model's inputs, and what they can't carry."""
 

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .answer import Answer, answer, prepare
+import torch
+
+from .answer import Answer, answer, prepare, seen_frames
 from .cache import VideoCache
 from .demo import mebibytes
 from .loading import CommandError, check_methods, choose, load, read
@@ -27,17 +29,20 @@ def run(arguments: argparse.Namespace) -> int:
     cache = VideoCache() if several else None
     for number, question in enumerate(arguments.questions):
         with contextlib.redirect_stdout(sys.stderr):
+            prompt = prepare(processor, video, question)
+            if number == 0:
+                _warn_of_length(model, prompt["input_ids"].shape[1])
             result = answer(
                 model,
                 processor,
-                prepare(processor, video, question),
+                prompt,
                 selector,
                 positions=arguments.positions,
                 max_new_tokens=arguments.max_new_tokens,
                 cache=cache,
             )
             if arguments.save_overlay:
-                _draw(arguments, question, result, video)
+                _draw(arguments, question, result, video, seen_frames(processor, video.frames))
         if arguments.json:
             print(json.dumps(as_json(arguments, question, result, video)), flush=True)
             continue
@@ -61,12 +66,22 @@ def _check(arguments: argparse.Namespace) -> None:
     import matplotlib  # noqa: F401  (if it is missing, say so before the work and not after)
 
 
-def _draw(arguments: argparse.Namespace, question: str, result: Answer, video: Video) -> None:
+def _warn_of_length(model: Any, tokens: int) -> None:
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and tokens > context:
+        print(
+            f"the prompt has {tokens:,} tokens and the model was made for {context:,}: use fewer --max-frames, or keep "
+            "few of them with --positions compact",
+            file=sys.stderr,
+        )
+
+
+def _draw(arguments: argparse.Namespace, question: str, result: Answer, video: Video, frames: torch.Tensor) -> None:
     from .overlay import draw_selection
 
     draw_selection(
         arguments.save_overlay,
-        video.frames,
+        frames,
         result.report.videos[0],
         title=f"“{question}”",
         subtitle=f"{arguments.method} kept {result.kept:,} of {result.tokens:,} video tokens "

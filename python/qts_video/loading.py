@@ -71,7 +71,9 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
         check_version(transformers.__version__)
         if is_embedded(name):
             return *_embedded(name, dtype, device), None
-        model, processor, trained = load_model(name, dtype=dtype, device=device)
+        model, processor, trained = load_model(
+            name, dtype=dtype, device=device, trust_remote_code=arguments.trust_remote_code
+        )
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise CommandError(f"model {name}: {first_line(error)}") from error
     return model, processor, trained

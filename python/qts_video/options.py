@@ -18,6 +18,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint of a known video model, a whole QTSplus checkpoint, or 'embedded': a small built-in "
         "Qwen2.5-VL with random weights, whose answers mean nothing ('embedded:FAMILY' for another family)",
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that a checkpoint brings with it (InternVLChatModel)",
+    )
 
 
 def add_budget(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

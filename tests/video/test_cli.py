@@ -188,6 +188,34 @@ def test_positions_and_fps_reach_the_model(ask):
     assert json.loads(ask("--json", "--method", "none", "--max-pixels", str(84 * 84))[1])["tokens"] == 3 * 2 * 3
 
 
+def test_a_prompt_longer_than_the_context_is_said(capsys):
+    from types import SimpleNamespace
+
+    from qts_video.ask import _warn_of_length
+
+    text = SimpleNamespace(max_position_embeddings=4096)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    _warn_of_length(model, 4096)
+    assert capsys.readouterr().err == ""
+    _warn_of_length(model, 100_352)
+    assert "100,352 tokens and the model was made for 4,096: use fewer --max-frames" in capsys.readouterr().err
+
+
+def test_remote_code_is_run_only_where_it_is_trusted(ask, monkeypatch):
+    from qts_video import loading as module
+
+    given, load_model = [], module.load_model
+
+    def remember(*arguments, trust_remote_code, **options):
+        given.append(trust_remote_code)
+        return load_model(*arguments, **options)
+
+    monkeypatch.setattr(module, "load_model", remember)
+    for option in ((), ("--trust-remote-code",)):
+        assert ask("--method", "none", *option)[0] == 0
+    assert given == [False, True]
+
+
 def test_overlay(ask, tmp_path):
     status, _, err = ask("--method", "uniform", "--max-tokens", "4", "--save-overlay", str(tmp_path / "kept.png"))
     assert status == 0

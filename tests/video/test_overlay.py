@@ -88,3 +88,16 @@ def test_the_kept_token_is_where_the_light_is(tmp_path):
     assert light[8 : height // 2 - 8, width // 2 + 8 : 3 * width // 4 - 8].all()
     assert not light[height // 2 + 8 :].any()
     assert not light[:, : width // 2 - 8].any()
+
+
+def test_pictures_show_what_the_processor_cuts_out():
+    from types import SimpleNamespace
+
+    from qts_video.answer import seen_frames
+
+    frames = torch.arange(2 * 3 * 4 * 8).view(2, 3, 4, 8)
+    whole = SimpleNamespace(video_processor=SimpleNamespace(do_center_crop=False))
+    centre = SimpleNamespace(video_processor=SimpleNamespace(do_center_crop=True))
+    assert seen_frames(whole, frames) is frames
+    assert torch.equal(seen_frames(centre, frames), frames[..., 2:6])
+    assert torch.equal(seen_frames(centre, frames.transpose(2, 3)), frames.transpose(2, 3)[:, :, 2:6])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from qts_video.answer import answer, prepare
+from qts_video.answer import answer, prepare, seen_frames
 from qts_video.cache import VideoCache
 from qts_video.dropin.report import VideoReport
 from qts_video.loading import CommandError, check_methods, choose, given, is_embedded, load, read
@@ -55,7 +55,7 @@ def _heatmap(arguments: argparse.Namespace) -> tuple[Page, list[str]]:
     probe = _probe(arguments, model, HEATMAP_LAYERS)
     one = _look(model, processor, video, arguments.question, probe)
     page = heatmap_page(
-        video.frames,
+        seen_frames(processor, video.frames),
         one.frame_seconds,
         probe.relevance,
         one.grid,

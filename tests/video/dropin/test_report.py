@@ -98,9 +98,7 @@ def test_given_seconds_are_the_ones_that_count(model, given, steps, stated):
         assert report.seconds_from == "given"
         assert [video.frame_seconds[1].item() for video in report.videos] == steps
         grids = ((4, 6), (2, 6), (3, 2))
-        wanted = [
-            t * step for (n, area), step in zip(grids, steps, strict=True) for t in range(n) for _ in range(area)
-        ]
+        wanted = [t * step for (n, area), step in zip(grids, steps, strict=True) for t in range(n) for _ in range(area)]
         assert selector.calls[-1].timestamps.tolist() == wanted
         handle.seconds_per_step(None)
         model(**batch)
