@@ -62,7 +62,9 @@ def timed(benchmark, device):
             scrub.zero_()
             torch.cuda.synchronize()
 
-        benchmark.pedantic(cold, setup=clear, rounds=50, iterations=1, warmup_rounds=5)
+        clear()
+        rounds = max(3, min(50, int(2.0 / max(_once(cold), 1e-4))))
+        benchmark.pedantic(cold, setup=clear, rounds=rounds, iterations=1, warmup_rounds=min(5, rounds))
 
     return run
 

@@ -22,7 +22,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 python3 -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
 
 step_name=build step "build" python3 setup.py --quiet build_ext --inplace
-step_name=tests step "tests on the GPU" python3 -m pytest tests/ops tests/nn -q --maxfail=20 -p no:cacheprovider
+step_name=tests step "tests on the GPU" python3 -m pytest tests/ops tests/nn tests/video/dropin/test_on_a_gpu.py -q --maxfail=20 -p no:cacheprovider
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck initcheck; do
     step_name=$tool lines=5 step "compute-sanitizer $tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
