@@ -26,6 +26,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from qts_kernels.ops import _triton_common
+from qts_kernels.ops.allocate_tokens import triton as allocate_tokens
 from qts_kernels.ops.gather_tokens import triton as gather_tokens
 from qts_kernels.ops.relevance import triton as relevance
 from qts_kernels.ops.rms_scale import triton as rms_scale
@@ -103,6 +104,12 @@ def cases() -> dict[str, Callable[[], object]]:
             torch.zeros(32, dtype=torch.int64),
         ),
         "rms_scale, bf16 3584": lambda: rms_scale.rms_scale(torch.zeros(64, 3584, dtype=bf16), 1e-6),
+        "allocate_tokens, 160 frames, capped": lambda: allocate_tokens.allocate_tokens(
+            torch.ones(160, dtype=torch.float64),
+            torch.tensor([0, 160], dtype=torch.int32),
+            torch.tensor([12544]),
+            torch.full((160,), 729),
+        ),
         "soft_threshold, fp32": lambda: soft_threshold.soft_threshold(scores, torch.full((1,), 0.1), cu_k, 0.1),
     }
 

@@ -2,6 +2,7 @@
 
 from qts_kernels import nn
 from qts_kernels._version import __version__
+from qts_kernels.ops.allocate_tokens.api import allocate_tokens
 from qts_kernels.ops.gather_tokens.api import gather_tokens
 from qts_kernels.ops.reencode.api import add_rms_norm, bias_gelu, gather_add_rms_norm
 from qts_kernels.ops.relevance.api import relevance
@@ -15,6 +16,7 @@ __all__ = [
     "Selection",
     "__version__",
     "add_rms_norm",
+    "allocate_tokens",
     "bias_gelu",
     "gather_add_rms_norm",
     "gather_tokens",

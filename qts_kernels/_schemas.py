@@ -43,6 +43,8 @@ SCHEMAS = {
     "bias_gelu": "(Tensor x, Tensor bias) -> Tensor",
     # -> grad_x [N, F], grad_bias fp32 [F]
     "bias_gelu_backward": "(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)",
+    # weights fp64 [T], total int64 [S], cap int64 [T] -> counts int64 [T]
+    "allocate_tokens": "(Tensor weights, Tensor cu_seqlens, Tensor total, Tensor? cap) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -154,3 +156,8 @@ def _(x, bias):
 @torch.library.register_fake("qts_kernels::bias_gelu_backward")
 def _(grad, x, bias):
     return x.new_empty(x.shape), x.new_empty(x.shape[1], dtype=statistics_dtype(x))
+
+
+@torch.library.register_fake("qts_kernels::allocate_tokens")
+def _(weights, cu_seqlens, total, cap):
+    return weights.new_empty(weights.shape, dtype=torch.int64)
