@@ -29,6 +29,7 @@ from qts_kernels.ops import _triton_common
 from qts_kernels.ops.allocate_tokens import triton as allocate_tokens
 from qts_kernels.ops.gather_tokens import triton as gather_tokens
 from qts_kernels.ops.relevance import triton as relevance
+from qts_kernels.ops.resize_frames import triton as resize_frames
 from qts_kernels.ops.rms_scale import triton as rms_scale
 from qts_kernels.ops.soft_threshold import triton as soft_threshold
 from qts_kernels.ops.topn import triton as topn
@@ -87,6 +88,14 @@ def cases() -> dict[str, Callable[[], object]]:
             scores, q, k, torch.ones(keys), cu_q, cu_k, None, None, scores, lse, argrow, reduce, 0.1, False
         )
 
+    def resized(dtype, mode, backward=False):
+        sizes, cu = torch.tensor([(8, 9), (8, 9)]), torch.tensor([0, 72, 144], dtype=torch.int32)
+        if backward:
+            grad = torch.zeros(144, 3584, dtype=dtype)
+            return lambda: resize_frames.resize_frames_backward(grad, sizes, cu, 27, 27, mode)
+        frames = torch.zeros(2, 27, 27, 3584, dtype=dtype)
+        return lambda: resize_frames.resize_frames(frames, sizes, cu, 144, mode)
+
     bf16, fp32 = torch.bfloat16, torch.float32
     return {
         "relevance, bf16 128 max": scored(bf16, 128, "max", False, False, False),
@@ -110,6 +119,12 @@ def cases() -> dict[str, Callable[[], object]]:
             torch.tensor([12544]),
             torch.full((160,), 729),
         ),
+        "resize_frames, bf16 bilinear": resized(bf16, "bilinear"),
+        "resize_frames, fp32 adaptive_avg": resized(fp32, "adaptive_avg"),
+        "resize_frames, bf16 linspace": resized(bf16, "linspace"),
+        "resize_frames_backward, bf16 bilinear": resized(bf16, "bilinear", True),
+        "resize_frames_backward, fp32 adaptive_avg": resized(fp32, "adaptive_avg", True),
+        "resize_frames_backward, bf16 linspace": resized(bf16, "linspace", True),
         "soft_threshold, fp32": lambda: soft_threshold.soft_threshold(scores, torch.full((1,), 0.1), cu_k, 0.1),
     }
 

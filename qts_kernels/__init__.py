@@ -6,6 +6,7 @@ from qts_kernels.ops.allocate_tokens.api import allocate_tokens
 from qts_kernels.ops.gather_tokens.api import gather_tokens
 from qts_kernels.ops.reencode.api import add_rms_norm, bias_gelu, gather_add_rms_norm
 from qts_kernels.ops.relevance.api import relevance
+from qts_kernels.ops.resize_frames.api import resize_frames
 from qts_kernels.ops.rms_scale.api import rms_scale
 from qts_kernels.ops.soft_threshold.api import soft_threshold
 from qts_kernels.ops.topn.api import topn
@@ -22,6 +23,7 @@ __all__ = [
     "gather_tokens",
     "nn",
     "relevance",
+    "resize_frames",
     "rms_scale",
     "soft_threshold",
     "topn",

@@ -45,11 +45,19 @@ SCHEMAS = {
     "bias_gelu_backward": "(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)",
     # weights fp64 [T], total int64 [S], cap int64 [T] -> counts int64 [T]
     "allocate_tokens": "(Tensor weights, Tensor cu_seqlens, Tensor total, Tensor? cap) -> Tensor",
+    # frames [T, h, w, D], sizes int64 [T, 2] -> tokens [rows, D]
+    "resize_frames": "(Tensor frames, Tensor sizes, Tensor cu_seqlens, SymInt rows, str mode) -> Tensor",
+    # grad [rows, D] -> grad_frames [T, height, width, D]
+    "resize_frames_backward": "(Tensor grad, Tensor sizes, Tensor cu_seqlens, SymInt height, SymInt width, "
+    "str mode) -> Tensor",
 }
 
 for _name, _schema in SCHEMAS.items():
     torch.library.define(f"qts_kernels::{_name}", _schema)
     torch.library.define(f"qts_kernels_native::{_name}", _schema)
+
+# Rows and columns of a grid, old or new, so that positions along an axis fit 32-bit integers.
+MAX_SIDE = 2**15 - 1
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -161,3 +169,13 @@ def _(grad, x, bias):
 @torch.library.register_fake("qts_kernels::allocate_tokens")
 def _(weights, cu_seqlens, total, cap):
     return weights.new_empty(weights.shape, dtype=torch.int64)
+
+
+@torch.library.register_fake("qts_kernels::resize_frames")
+def _(frames, sizes, cu_seqlens, rows, mode):
+    return frames.new_empty(rows, frames.shape[3])
+
+
+@torch.library.register_fake("qts_kernels::resize_frames_backward")
+def _(grad, sizes, cu_seqlens, height, width, mode):
+    return grad.new_empty(sizes.shape[0], height, width, grad.shape[1])
