@@ -76,3 +76,54 @@ def test_resize_frames(timed, device, mode, dtype, who):
     tolerance = {"fp32": 1e-5, "bf16": 2e-2}[dtype]
     torch.testing.assert_close(runs[who]()[: exact.shape[0]].double(), exact, rtol=tolerance, atol=tolerance)
     timed("resize_frames", f"{mode} {dtype} {FRAMES}x{SIDE}x{SIDE}x{COLUMNS}", who, runs[who])
+
+
+def tome(x, r):
+    """One step of ToMe, as QuoTA's release runs it: sizes start at one each time, and the order is not restored."""
+    metric = x / x.norm(dim=-1, keepdim=True)
+    best, target = (metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)).max(-1)
+    order = best.argsort(dim=-1, descending=True)[..., None]
+    stay, go = order[:, r:], order[:, :r]
+    target = target[..., None].gather(1, go)
+
+    def merged(x):
+        even, odd = x[:, ::2], x[:, 1::2]
+        kept, gone = (even.gather(1, i.expand(-1, -1, x.shape[2])) for i in (stay, go))
+        odd = odd.scatter_reduce(1, target.expand(-1, -1, x.shape[2]), gone, reduce="sum")
+        return torch.cat([kept, odd], 1)
+
+    return merged(x) / merged(torch.ones_like(x[:, :, :1]))
+
+
+def tome_loop(frames, counts):
+    out = []
+    for frame, count in zip(frames, counts.tolist(), strict=True):
+        x = frame[None]
+        while x.shape[1] > max(count, 1):
+            x = tome(x, min(x.shape[1] // 2, x.shape[1] - count))
+        out.append(x[0, :count])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("who", ["qts_kernels", "ToMe, a frame at a time"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge_tokens(timed, device, dtype, who):
+    """On a CPU 16 of the 160 frames: the loop takes minutes for all."""
+    some = FRAMES if device == "cuda" else 16
+    frames, counts = frames_of(dtype, device).flatten(1, 2)[:some], counts_of()[:some]
+    device_counts, rows = counts.to(device), int(counts.sum())
+    runs = {
+        "qts_kernels": lambda: qts_kernels.merge_tokens(frames, device_counts, max_tokens=rows)[0],
+        "ToMe, a frame at a time": lambda: tome_loop(frames, counts),
+    }
+    if who == "qts_kernels":
+        for t in (counts.argmin(), counts.argmax()):
+            exact = qts_kernels.merge_tokens(frames[t, None].double(), counts[t, None], with_rows=True)
+            found = qts_kernels.merge_tokens(frames[t, None], counts[t, None], with_rows=True)
+            assert torch.equal(found[3], exact[3])
+            tolerance = {"fp32": 1e-5, "bf16": 2e-2}[dtype]
+            torch.testing.assert_close(found[0].double(), exact[0], rtol=tolerance, atol=tolerance)
+    elif dtype == "fp32":
+        released = qts_kernels.merge_tokens(frames, device_counts, max_tokens=rows, compat=True)[0]
+        torch.testing.assert_close(runs[who](), released, rtol=1e-4, atol=1e-4)
+    timed("merge_tokens", f"{dtype} {some}x{SIDE * SIDE}x{COLUMNS}", who, runs[who], graph=False)

@@ -4,6 +4,7 @@ from qts_kernels import nn
 from qts_kernels._version import __version__
 from qts_kernels.ops.allocate_tokens.api import allocate_tokens
 from qts_kernels.ops.gather_tokens.api import gather_tokens
+from qts_kernels.ops.merge_tokens.api import merge_rows_columns, merge_step, merge_tokens
 from qts_kernels.ops.reencode.api import add_rms_norm, bias_gelu, gather_add_rms_norm
 from qts_kernels.ops.relevance.api import relevance
 from qts_kernels.ops.resize_frames.api import resize_frames
@@ -21,6 +22,9 @@ __all__ = [
     "bias_gelu",
     "gather_add_rms_norm",
     "gather_tokens",
+    "merge_rows_columns",
+    "merge_step",
+    "merge_tokens",
     "nn",
     "relevance",
     "resize_frames",

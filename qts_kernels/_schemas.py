@@ -50,6 +50,10 @@ SCHEMAS = {
     # grad [rows, D] -> grad_frames [T, height, width, D]
     "resize_frames_backward": "(Tensor grad, Tensor sizes, Tensor cu_seqlens, SymInt height, SymInt width, "
     "str mode) -> Tensor",
+    # frames [T, N, D], counts int64 [T], sizes fp32 [T, N] -> tokens [total, D], sizes fp32 [total]; and of each token
+    # of a frame its row there, int64 [T, N] (-1: none), and its weight in the mean, fp32 [T, N]
+    "merge_tokens": "(Tensor frames, Tensor counts, Tensor cu_seqlens, Tensor? sizes, SymInt total, bool compat) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 }
 
 for _name, _schema in SCHEMAS.items():
@@ -179,3 +183,14 @@ def _(frames, sizes, cu_seqlens, rows, mode):
 @torch.library.register_fake("qts_kernels::resize_frames_backward")
 def _(grad, sizes, cu_seqlens, height, width, mode):
     return grad.new_empty(sizes.shape[0], height, width, grad.shape[1])
+
+
+@torch.library.register_fake("qts_kernels::merge_tokens")
+def _(frames, counts, cu_seqlens, sizes, total, compat):
+    dtype = statistics_dtype(frames)
+    return (
+        frames.new_empty(total, frames.shape[2]),
+        frames.new_empty(total, dtype=dtype),
+        frames.new_empty(frames.shape[:2], dtype=torch.int64),
+        frames.new_empty(frames.shape[:2], dtype=dtype),
+    )

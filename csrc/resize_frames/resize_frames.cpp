@@ -6,25 +6,14 @@
 #include "cpu/parallel.h"
 #include "gather_tokens/rows.h"
 #include "resize_frames/taps.h"
+#include "weighted_rows/element.h"
 #include "weighted_rows/kernels.h"
 
 namespace {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using qts::Element;
 using namespace qts::resize_frames;
-
-Element element_type(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Element::fp32;
-    case ScalarType::BFloat16: return Element::bf16;
-    case ScalarType::Half: return Element::fp16;
-    default:
-      STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16, got ",
-                      torch::headeronly::toString(x.scalar_type()));
-  }
-}
 
 // One row of a frame's new grid, [width, columns]: what it is made of along both axes, and where both grids lie.
 struct Row {
@@ -117,7 +106,7 @@ Tensor resize_frames(Tensor frames, Tensor sizes, Tensor cu_seqlens, int64_t row
   Tensor tokens = torch::stable::new_empty(frames, {rows, columns});
   const int64_t row_bytes = columns * static_cast<int64_t>(frames.element_size());
   const Grids grids{static_cast<const char*>(frames.const_data_ptr()), static_cast<char*>(tokens.mutable_data_ptr()),
-                    element_type(frames), columns, row_bytes};
+                    qts::element_type(frames), columns, row_bytes};
   qts::advise_huge_pages(grids.target, rows * row_bytes);
   std::vector<Row> work;
   int64_t stop = 0;
@@ -144,7 +133,7 @@ Tensor resize_frames_backward(Tensor grad, Tensor sizes, Tensor cu_seqlens, int6
   Tensor out = torch::stable::new_empty(grad, {frames, height, width, columns});
   const int64_t row_bytes = columns * static_cast<int64_t>(grad.element_size());
   const Grids grids{static_cast<const char*>(grad.const_data_ptr()), static_cast<char*>(out.mutable_data_ptr()),
-                    element_type(grad), columns, row_bytes};
+                    qts::element_type(grad), columns, row_bytes};
   const int64_t numel = frames * height * width * columns;
   qts::advise_huge_pages(grids.target, frames * height * width * row_bytes);
   std::vector<Row> work;
