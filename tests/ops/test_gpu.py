@@ -47,8 +47,12 @@ def captured(run: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
 
 
 @pytest.mark.parametrize(
-    "op", ["relevance", "relevance_backward", "topn", "gather_rows", "rms_scale", "soft_threshold"]
-)
+    "op",
+    [
+        "relevance", "relevance_backward", "topn", "gather_rows", "rms_scale", "soft_threshold", "allocate_tokens",
+        "resize_frames", "resize_frames_backward",
+    ],
+)  # fmt: skip
 def test_triton_serves(op):
     served = {(row.op, row.device): row.implementation for row in backends.report()}
     assert served[op, "cuda"] == "triton"

@@ -6,10 +6,9 @@ from torch import Tensor
 import qts_kernels.ops.allocate_tokens.register  # noqa: F401
 from qts_kernels._checks import check_cu_seqlens, check_same, check_shape, check_tensor
 from qts_kernels._segments import uniform_cu_seqlens
+from qts_kernels.ops.allocate_tokens.reference import MAX_TOTAL
 
 INTEGERS = (torch.int64, torch.int32)
-# Totals end up in int32 cu_seqlens.
-MAX_TOTAL = 2**31 - 1
 
 
 def allocate_tokens(

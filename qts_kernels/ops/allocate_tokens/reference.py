@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+# Totals end up in int32 cu_seqlens.
 MAX_TOTAL = 2**31 - 1
 
 

@@ -29,7 +29,8 @@ def merge_tokens(
     weighted by their sizes, and stands at the odd token's place: the order of the tokens is kept. The next round
     matches these means.
 
-    Similarities are rounded in float32, so those that nearly tie may fall otherwise on another backend.
+    Similarities are rounded in float32, so those that nearly tie may fall otherwise on another backend. On a GPU eager
+    PyTorch serves, a frame at a time, and synchronises.
 
     Args:
         frames: [T, N, D]. float32, bfloat16 or float16, matched and added up in float32 (float64 for checking).

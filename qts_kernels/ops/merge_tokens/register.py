@@ -5,7 +5,7 @@ import torch
 from qts_kernels import backends
 from qts_kernels.ops.merge_tokens import reference
 
-# On a GPU the reference serves.
+# No kernel of its own on a GPU yet: the reference serves there.
 backends.register("merge_tokens", reference.merge_tokens, native=("cpu",))
 
 
