@@ -10,7 +10,7 @@ from qts_video.methods.base import Videos
 
 
 @runtime_checkable
-class FrameScorer(Protocol):
+class ScoresFrames(Protocol):
     """Scores the time steps of videos. One that sets ``needs_question`` or ``needs_vision`` finds them in ``videos``,
     as a ``Selector`` does."""
 
@@ -30,7 +30,7 @@ class GivenScores:
         self.scores = torch.as_tensor(scores, dtype=torch.float32).detach()
 
     def score(self, videos: Videos) -> torch.Tensor:
-        """See ``FrameScorer.score``."""
+        """See ``ScoresFrames.score``."""
         return self.scores
 
 
@@ -47,7 +47,7 @@ class FrameRelevance:
 
     @torch.no_grad()
     def score(self, videos: Videos) -> torch.Tensor:
-        """See ``FrameScorer.score``.
+        """See ``ScoresFrames.score``.
 
         Raises:
             ValueError: ``videos`` hold no question.

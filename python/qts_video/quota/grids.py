@@ -27,7 +27,7 @@ def grid_ladder(rows: int, columns: int) -> list[Size]:
 
 
 def grid_cost(size: Size, newlines: str) -> int:
-    """Tokens of a grid, with those of its newlines: "row", one behind each row; "frame", one behind the grid; "none"."""
+    """Tokens of a grid and of its newlines: "row", one behind each row; "frame", one behind the grid; or "none"."""
     a, b = size
     return a * b + {"row": a, "frame": min(a * b, 1), "none": 0}[newlines]
 
