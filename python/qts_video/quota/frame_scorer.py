@@ -189,10 +189,11 @@ class FrameScorer:
         """Besides the pictures, all that scores depend on."""
         import transformers
 
+        images = self.processor.image_processor
         return {
             "prompt": self._in_template(prompt),
             "model": model_fingerprint(self.model),
-            "images": self.processor.image_processor.to_json_string(),
+            "images": [type(images).__name__, images.to_json_string()],
             "answers": [self.yes_ids, self.no_ids],
             "max_pixels": self.max_pixels,
             "transformers": transformers.__version__,
@@ -251,17 +252,14 @@ def answer_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
     Raises ValueError where there is none.
     """
 
-    def entry(letter: str) -> list[int]:
-        token_id = tokenizer.convert_tokens_to_ids(letter)
-        return [] if token_id is None or token_id == tokenizer.unk_token_id else [token_id]
-
-    spellings: list[Callable[[str], list[int]]] = [
+    spellings: list[Callable[[str], list[int | None]]] = [
         lambda letter: tokenizer.encode(letter, add_special_tokens=False),
         lambda letter: tokenizer.encode(f" {letter}", add_special_tokens=False),
-        entry,
+        lambda letter: [tokenizer.convert_tokens_to_ids(letter)],
     ]
+    unknown = {None, tokenizer.unk_token_id}
     pairs = [(spell("A"), spell("B")) for spell in spellings]
-    pairs = [(yes[0], no[0]) for yes, no in pairs if len(yes) == len(no) == 1 and yes != no]
+    pairs = [(yes[0], no[0]) for yes, no in pairs if len(yes) == len(no) == 1 and not {*yes, *no} & unknown]
     if not pairs:
         raise ValueError("the scorer's tokenizer has no single tokens for the answers A and B")
     return sorted({yes for yes, _ in pairs}), sorted({no for _, no in pairs})

@@ -8,6 +8,7 @@ _NOTHING = {"", "no", "none", "null", "nil", "nothing", "empty", "n/a", "na", "n
 # A quote inside a word is an apostrophe.
 _QUOTED = re.compile(r'"([^"\n]*)"|(?<!\w)\'((?:[^\'\n]|\'(?=\w))*)\'|“([^”\n]*)”')
 _MARKED = re.compile(r"^\s*(?:[-*•+]|\(?\d{1,3}[.):])\s+(.*)$")
+_MARKS = " \"'`*_.,;:!?()[]{}<>“”"
 _SEPARATOR = re.compile(r"[,;\n]|\s(?:and|or)\s")
 
 
@@ -60,8 +61,8 @@ def _quoted(text: str) -> list[str]:
 def _clean(item: str) -> str | None:
     """The name in ``item``: printable, without quotes, marks and article; None where it is none."""
     name = "".join(character if character.isprintable() else " " for character in item)
-    name = " ".join(name.split()).strip(" \"'`*_.,;:!?()[]{}<>“”")
-    name = re.sub(r"^(?:an?|the)\s+", "", name, flags=re.IGNORECASE)
+    name = " ".join(name.split()).strip(_MARKS)
+    name = re.sub(r"^(?:an?|the)\s+", "", name, flags=re.IGNORECASE).strip(_MARKS)
     if name.casefold() in _NOTHING or not any(character.isalnum() for character in name):
         return None
     if len(name) > MAX_CHARACTERS or len(name.split()) > MAX_WORDS:
