@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from qts_video.quota.decouple import Decoupled
 from qts_video.quota.score_cache import ScoreCache, model_fingerprint, score_key
 from qts_video.quota.undisturbed import undisturbed
 from qts_video.video import Limits
+from qts_video.weights import Checkpoint
 
 DEFAULT = "Qwen/Qwen2-VL-2B-Instruct"
 FRAME_PIXELS = 256 * 28 * 28
@@ -59,7 +61,7 @@ class FrameScorer:
         *,
         batch_size: int = 64,
         max_pixels: int | None = FRAME_PIXELS,
-        cache_dir: Any = None,
+        cache_dir: str | Path | None = None,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("max_pixels", max_pixels)):
             if value is not None and value < 1:
@@ -82,7 +84,7 @@ class FrameScorer:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str = DEFAULT,
+        path_or_id: str | Path = DEFAULT,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -97,14 +99,18 @@ class FrameScorer:
             options: the other arguments of ``FrameScorer``.
 
         Raises:
-            OSError: no such folder or model.
+            FileNotFoundError: no such folder or model.
+            OSError: a file of it is missing.
             ValueError: no image-text model, or see ``FrameScorer``.
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        model = AutoModelForImageTextToText.from_pretrained(path_or_id, dtype=dtype or "auto")
+        Checkpoint(path_or_id)  # says what is not there
+        folder = Path(path_or_id).expanduser()
+        name = str(folder) if folder.is_dir() else str(path_or_id)
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype or "auto")
         model = model if device is None else model.to(device)
-        return cls(model.eval(), AutoProcessor.from_pretrained(path_or_id), **options)
+        return cls(model.eval(), AutoProcessor.from_pretrained(name), **options)
 
     def bind(self, frames: Sequence[Frames], questions: Question | Sequence[Question]) -> "FrameScorer":
         """Say what the videos of the next prompt look like, and what is asked. Serves one ``score``: bind again for
