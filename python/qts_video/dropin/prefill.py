@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from qts_kernels import Selection
 from qts_video.adapters.base import Adapter
+from qts_video.dropin.checks import check_selection
 from qts_video.dropin.dropped import Dropped
 from qts_video.dropin.layout import Layout
 from qts_video.dropin.shorten import Columns
+from qts_video.dropin.shortened import shorten_prefill
 from qts_video.methods.base import Videos
 
 
@@ -68,6 +71,17 @@ class Prefill:
         embeds = self.inputs_embeds.reshape(batch * length, width).index_select(0, rows.flatten())
         extras = self.adapter.gather_extras(self.decoder_inputs, sample * self.copies, columns)
         return {"inputs_embeds": embeds.view(*columns.shape, width), **extras}
+
+    def shortened(self, selection: Selection, videos: Videos, name: str) -> "tuple[Prefill, list[int]]":
+        """This prefill without what the method ``name`` dropped, and how many tokens it kept of each of ``videos``.
+        Waits for the selection. Vision features are not among what is left.
+
+        Raises:
+            TypeError, ValueError: it is no selection of these videos.
+        """
+        kept = check_selection(selection, videos, self.layout, name)
+        tokens = None if selection.tokens is None else selection.tokens[: len(kept.indices)]
+        return shorten_prefill(self, kept, tokens), kept.counts
 
 
 @dataclass

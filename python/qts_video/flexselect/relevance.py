@@ -82,6 +82,8 @@ def query_columns(context: Any, query: str) -> torch.Tensor:
         steps = torch.stack([layout.in_steps(sample) for sample in range(layout.batch)])
         text = layout.valid & ~vision & ~steps
     for video, sample in enumerate(layout.sample):
+        if layout.lengths[video] == 0:  # behind another method
+            continue
         if query == "question":
             text[sample, context.find_question(video)] = True
         last = int(rows[video][-1]) % layout.columns

@@ -84,7 +84,8 @@ def split_frames(layout: "Layout", frames_per_set: int, left_out: torch.Tensor |
                     here.append(video)
                     rows.append(row + starts[video])
                     places.append(torch.searchsorted(columns, column[row]))
-            sets.append(FrameSet(sample, columns, here, rows, places))
+            if here:  # behind another method, a set's frames may have no token left
+                sets.append(FrameSet(sample, columns, here, rows, places))
     return sets
 
 

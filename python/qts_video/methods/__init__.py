@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from qts_video.methods.base import Selector, Videos
+from qts_video.methods.chain import Chain
 from qts_video.methods.flexselect import FlexSelect
 from qts_video.methods.quota import QuoTA
 from qts_video.methods.random import Random
@@ -11,7 +12,7 @@ from qts_video.methods.uniform import Uniform
 if TYPE_CHECKING:
     from qts_video.methods.qtsplus import QTSplus
 
-__all__ = ["FlexSelect", "QTSplus", "QuoTA", "Random", "Selector", "Uniform", "Videos"]
+__all__ = ["Chain", "FlexSelect", "QTSplus", "QuoTA", "Random", "Selector", "Uniform", "Videos"]
 
 
 def __getattr__(name: str) -> object:
