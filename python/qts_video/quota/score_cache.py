@@ -80,9 +80,8 @@ class ScoreCache:
             with os.fdopen(handle, "w") as file:
                 json.dump({**about, "scores": scores.tolist()}, file)
             Path(name).replace(self.path(key))
-        except BaseException:
-            Path(name).unlink()
-            raise
+        finally:
+            Path(name).unlink(missing_ok=True)
 
 
 def _digest(*parts: str) -> Any:
