@@ -12,7 +12,7 @@ import torch
 from .answer import Answer, answer, prepare, seen_frames
 from .cache import VideoCache
 from .demo import mebibytes
-from .loading import CommandError, check_methods, choose, load, read
+from .loading import CommandError, check_methods, choose, load, read, show_frames
 from .video import Video
 
 
@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
         _check(arguments)
         video = read(arguments)
         model, processor, trained = load(arguments)
-        selector = choose(arguments, arguments.method, model, trained)
+        selector = choose(arguments, arguments.method, model, processor, trained)
         if arguments.positions is None:
             arguments.positions = "compact" if selector is not None and selector is trained else "original"
     several = len(arguments.questions) > 1
@@ -32,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
             prompt = prepare(processor, video, question)
             if number == 0:
                 _warn_of_length(model, prompt["input_ids"].shape[1])
+            show_frames(selector, model, processor, video, question)
             result = answer(
                 model,
                 processor,

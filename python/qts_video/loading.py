@@ -13,9 +13,13 @@ from . import methods
 from .adapters import find_adapter
 from .checkpoints import load_model
 from .dropin.versions import check_version
+from .quota import frame_scorer
+from .quota.decouple import decouple
+from .quota.sampler import read_sampled
 from .video import Video, read_video
 
 EMBEDDED = "embedded"
+RELEVANCE = "relevance"
 
 # qwen-vl-utils' own bounds, so that a video costs as many tokens here as there: 768 tokens of 28 x 28 pixels
 # a frame, and 90 % of a context of 128,000 tokens for all pairs of frames.
@@ -23,7 +27,11 @@ FRAME_PIXELS = 768 * 28 * 28
 VIDEO_PIXELS = 2 * int(0.9 * 128_000) * 28 * 28
 
 # Of each method, the options that no other takes.
-OWN_OPTIONS = {"qtsplus": ("selector",), "flexselect": ("layer", "reduce", "query", "frames_per_set", "lite")}
+OWN_OPTIONS = {
+    "qtsplus": ("selector",),
+    "flexselect": ("layer", "reduce", "query", "frames_per_set", "lite"),
+    "quota": ("scorer", "score_cache", "mode"),
+}
 
 
 class CommandError(Exception):
@@ -38,11 +46,13 @@ def check_methods(arguments: argparse.Namespace, chosen: list[str]) -> None:
                 raise CommandError(f"--{name.replace('_', '-')} belongs to --method {method}, got {', '.join(chosen)}")
     if arguments.layer is not None and arguments.lite is not None:
         raise CommandError("--lite scores with a model of its own, without --layer")
+    if arguments.scorer == RELEVANCE and arguments.score_cache is not None:
+        raise CommandError(f"--score-cache keeps the scores of a model, and --scorer {RELEVANCE} has none")
 
 
 def read(arguments: argparse.Namespace) -> Video:
     """The video, sampled; what was done to the picture is said on stderr."""
-    video = read_video(
+    video = (read_sampled if arguments.dynamic_frames else read_video)(
         arguments.video,
         fps=arguments.fps,
         max_frames=arguments.max_frames,
@@ -93,7 +103,7 @@ def _embedded(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any,
     return model.to(device, dtype), processor
 
 
-def choose(arguments: argparse.Namespace, method: str, model: Any, trained: Any) -> Any:
+def choose(arguments: argparse.Namespace, method: str, model: Any, processor: Any, trained: Any) -> Any:
     """The selector that ``method`` names, with its budget; None for "none"."""
     budget = {"retention_ratio": arguments.retention_ratio, "max_tokens": arguments.max_tokens}
     if method == "none":
@@ -104,6 +114,8 @@ def choose(arguments: argparse.Namespace, method: str, model: Any, trained: Any)
         return methods.Random(**budget)
     if method == "flexselect":
         return _flexselect(arguments, budget, model)
+    if method == "quota":
+        return _quota(arguments, budget, model, processor)
     return _qtsplus(arguments, budget, model, trained)
 
 
@@ -149,6 +161,32 @@ def _flexselect(arguments: argparse.Namespace, budget: dict[str, Any], model: An
         return FlexSelect(layer=layer, **options)
     except (ValueError, TypeError) as error:
         raise CommandError(f"method flexselect: {first_line(error)}") from error
+
+
+def _quota(arguments: argparse.Namespace, budget: dict[str, Any], model: Any, processor: Any) -> Any:
+    name = arguments.scorer or frame_scorer.DEFAULT
+    scorer, cache = name, {"cache_dir": arguments.score_cache}
+    try:
+        if name == "model":
+            scorer = frame_scorer.FrameScorer(model, processor, **cache)
+        elif name != RELEVANCE:
+            scorer = frame_scorer.FrameScorer.from_pretrained(name, device=model.device, dtype=model.dtype, **cache)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CommandError(f"scorer {name}: {first_line(error)}") from error
+    options = given(arguments, "mode")
+    if any(bound is not None for bound in budget.values()):
+        options |= {"total_tokens": budget["max_tokens"], "retention_ratio": budget["retention_ratio"]}
+    return methods.QuoTA(scorer, **options)
+
+
+def show_frames(selector: Any, model: Any, processor: Any, video: Video, question: str) -> None:
+    """Give a selector that scores frames by their pictures those of ``video``, and the objects of ``question``, which
+    are said on stderr. Nothing to do for any other. Before every prompt."""
+    scorer = getattr(selector, "scorer", None)
+    if isinstance(scorer, frame_scorer.FrameScorer):
+        (decoupled,) = decouple(model, processor, [question])
+        print(decoupled, file=sys.stderr)
+        scorer.bind([video.frames], decoupled)
 
 
 def _published(find: Callable[[Any, Any], int], model: Any, decoder: Any, option: str) -> int:

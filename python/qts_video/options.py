@@ -3,7 +3,7 @@
 import argparse
 import math
 
-METHODS = ("qtsplus", "flexselect", "uniform", "random", "none")
+METHODS = ("qtsplus", "flexselect", "quota", "uniform", "random", "none")
 
 
 def add_video(parser: argparse.ArgumentParser, **options: str) -> None:
@@ -56,6 +56,20 @@ def add_methods(selection: argparse._ArgumentGroup) -> None:
         "--lite", metavar="PATH", help="flexselect: a trained small scorer (a checkpoint folder or hub id)"
     )
     selection.add_argument(
+        "--scorer",
+        metavar="PATH_OR_HUB_ID",
+        help="quota: the image-text model that scores frames, 'model' for the one that answers, or 'relevance' for no "
+        "model at all (default: Qwen/Qwen2-VL-2B-Instruct)",
+    )
+    selection.add_argument(
+        "--score-cache", metavar="FOLDER", help="quota: keep scores there, so that another run scores nothing"
+    )
+    selection.add_argument(
+        "--mode",
+        choices=("bilinear", "adaptive_avg", "linspace", "merge", "merge_separable"),
+        help="quota: how a frame's tokens become fewer (default: bilinear)",
+    )
+    selection.add_argument(
         "--positions",
         choices=("original", "compact"),
         help="kept tokens keep their places in time and space, or close ranks (default: compact with the selector of "
@@ -95,6 +109,11 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         default=768,
         metavar="N",
         help="most sampled frames, spread over the whole video (default: %(default)s)",
+    )
+    reading.add_argument(
+        "--dynamic-frames",
+        action="store_true",
+        help="in place of --fps: 96 frames, and 64 more for every hour, at most --max-frames (QuoTA's sampler)",
     )
     reading.add_argument(
         "--max-pixels", type=count, metavar="N", help="pixels a frame is shrunk to (default: 768 tokens of 28x28)"

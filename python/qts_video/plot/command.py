@@ -16,7 +16,7 @@ from tqdm import tqdm
 from qts_video.answer import answer, prepare, seen_frames
 from qts_video.cache import VideoCache
 from qts_video.dropin.report import VideoReport
-from qts_video.loading import CommandError, check_methods, choose, given, is_embedded, load, read
+from qts_video.loading import CommandError, check_methods, choose, given, is_embedded, load, read, show_frames
 from qts_video.video import Video
 
 from . import needle as needles
@@ -70,11 +70,12 @@ def _timeline(arguments: argparse.Namespace) -> tuple[Page, list[str]]:
     check_methods(arguments, arguments.method)
     video = read(arguments)
     model, processor, trained = load(arguments)
-    selectors = {method: choose(arguments, method, model, trained) for method in arguments.method}
+    selectors = {method: choose(arguments, method, model, processor, trained) for method in arguments.method}
     rows, cache = [], VideoCache()
     for question in arguments.questions:
         inputs = prepare(processor, video, question)
         for method, selector in selectors.items():
+            show_frames(selector, model, processor, video, question)
             positions = arguments.positions or ("compact" if selector is trained else "original")
             result = answer(model, processor, inputs, selector, positions=positions, max_new_tokens=1, cache=cache)
             name = f"{method}, “{question}”" if len(arguments.questions) > 1 else method
