@@ -325,7 +325,7 @@ def test_relevance_of_frames():
 @pytest.mark.parametrize(
     ("error", "options", "message"),
     [
-        (ValueError, {"total_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        (ValueError, {"total_tokens": 0}, "total_tokens must be at least 1, got 0"),
         (ValueError, {"retention_ratio": 1.5}, r"retention_ratio must be in \(0, 1\]"),
         (ValueError, {"mode": "nearest"}, "mode must be one of bilinear, adaptive_avg, linspace, merge, "),
         (ValueError, {"power": -1}, "power must be finite and at least 0, got -1"),

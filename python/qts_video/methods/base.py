@@ -20,7 +20,8 @@ class Videos:
     lengths: list[int]
     """Tokens of each video, known on the host (so that no method needs a synchronisation)."""
     grids: list[tuple[int, int, int]]
-    """(time steps, rows, columns) of each video's token grid, after the merger."""
+    """(time steps, rows, columns) of each video's token grid, after the merger. Behind another method of a ``Chain``,
+    the grid that its tokens were taken from; else ``lengths`` are their products."""
     timestamps: torch.Tensor
     """[sum M] float32, seconds from the start of the video."""
     sample: list[int]
@@ -43,7 +44,8 @@ class Videos:
 class Selector(Protocol):
     """A selection method. Stateless between calls; an ``nn.Module`` where it has parameters.
 
-    One that sets ``needs_vision = True`` finds what went into the projector in ``videos.context.vision``.
+    One that sets ``needs_vision = True`` finds what went into the projector in ``videos.context.vision``. One that sets
+    ``needs_grids = True`` is never given videos that lost tokens. A ``Chain`` takes either as its first method alone.
     """
 
     name: str

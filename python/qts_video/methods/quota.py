@@ -16,8 +16,7 @@ from qts_video.methods.uniform import packed_selection
 from qts_video.quota.frame_scores import FrameRelevance, GivenScores, ScoresFrames
 from qts_video.quota.grids import climb, grid_cost, grid_ladder, grid_places, group_places, merged_cost
 
-RESIZED = ("bilinear", "adaptive_avg", "linspace")
-MODES = (*RESIZED, "merge", "merge_separable")
+MODES = ("bilinear", "adaptive_avg", "linspace", "merge", "merge_separable")
 
 
 class QuoTA:
@@ -63,7 +62,9 @@ class QuoTA:
         include_newlines: bool = True,
         retention_ratio: float | None = None,
     ) -> None:
-        check_budget(retention_ratio, total_tokens)
+        check_budget(retention_ratio, None)
+        if total_tokens is not None and total_tokens < 1:
+            raise ValueError(f"total_tokens must be at least 1, got {total_tokens}")
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if not 0 <= power < math.inf:

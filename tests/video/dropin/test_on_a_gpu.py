@@ -6,7 +6,7 @@ import pytest
 import qts_video
 import torch
 from families import FAMILIES
-from qts_video.methods import FlexSelect, Uniform
+from qts_video.methods import Chain, FlexSelect, QuoTA, Uniform
 
 pytestmark = [
     pytest.mark.gpu,
@@ -15,7 +15,24 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("make", [lambda: Uniform(0.4), lambda: FlexSelect(layer=1, retention_ratio=0.4)])
+class Ramp:
+    """Scores 0, 1, 2, 0, 1, 2, ... of the time steps."""
+
+    def score(self, videos):
+        return (torch.arange(sum(t for t, _, _ in videos.grids)).float() % 3).to(videos.tokens.device)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Uniform(0.4),
+        lambda: FlexSelect(layer=1, retention_ratio=0.4),
+        lambda: QuoTA(Ramp(), total_tokens=9),
+        lambda: QuoTA(Ramp(), total_tokens=9, mode="merge"),
+        lambda: Chain([QuoTA(Ramp(), total_tokens=11), FlexSelect(layer=1, retention_ratio=0.5)]),
+    ],
+    ids=["uniform", "flexselect", "quota", "quota merge", "chain"],
+)
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_the_same_tokens_and_logits_as_on_the_cpu(family, make):
     model, batch = family.build_model(), family.inputs(*family.prompts["several"])
