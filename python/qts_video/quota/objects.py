@@ -4,10 +4,11 @@ import json
 import re
 
 MAX_TEXT, MAX_OBJECTS, MAX_CHARACTERS, MAX_WORDS = 4000, 16, 64, 6
-_NOTHING = {"", "no", "none", "null", "nil", "nothing", "empty", "n/a", "na", "not applicable"}
+_NOTHING = {"", "yes", "no", "none", "null", "nil", "nothing", "empty", "n/a", "na", "not applicable"}
 # A quote inside a word is an apostrophe.
 _QUOTED = re.compile(r'"([^"\n]*)"|(?<!\w)\'((?:[^\'\n]|\'(?=\w))*)\'|“([^”\n]*)”')
 _MARKED = re.compile(r"^\s*(?:[-*•+]|\(?\d{1,3}[.):])\s+(.*)$")
+_EXPLANATION = re.compile(r":\**\s|\s[-–—(]")
 _MARKS = " \"'`*_.,;:!?()[]{}<>“”"
 _SEPARATOR = re.compile(r"[,;\n]|\s(?:and|or)\s")
 
@@ -15,10 +16,10 @@ _SEPARATOR = re.compile(r"[,;\n]|\s(?:and|or)\s")
 def parse_objects(text: str) -> list[str]:
     """The things that ``text`` lists, in order, each once; [] where it lists none.
 
-    Takes a JSON list, a bracketed list with or without quotes and end, numbered or marked lines, and names between
-    commas, with or without a word and a colon in front. "none", "null" and their like are nothing. What has more than
-    ``MAX_WORDS`` words or ``MAX_CHARACTERS`` characters is prose, no thing. At most ``MAX_OBJECTS`` are returned, of
-    the first ``MAX_TEXT`` characters. Never raises.
+    Takes a JSON list, a bracketed list with or without quotes and end, numbered or marked lines (an explanation behind
+    a name is left out), and names between commas, with or without a word and a colon in front. "none", "null" and their
+    like are nothing. What has more than ``MAX_WORDS`` words or ``MAX_CHARACTERS`` characters is prose. At most
+    ``MAX_OBJECTS`` are returned, of the first ``MAX_TEXT`` characters. Never raises.
     """
     found: dict[str, str] = {}
     for item in _items(text[:MAX_TEXT]):
@@ -35,7 +36,8 @@ def _items(text: str) -> list[str]:
         return _bracketed(text[start:])
     marked = [match[1] for line in text.splitlines() if (match := _MARKED.match(line))]
     if marked:
-        return marked
+        names = [_EXPLANATION.split(line, maxsplit=1)[0] for line in marked]
+        return [name for line in names for name in line.split(",")]
     head, colon, tail = text.partition(":")
     if colon and tail.strip() and "," not in head:
         text = tail
