@@ -219,19 +219,20 @@ def _assign(
 def _compress(videos: Videos, sizes: torch.Tensor, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the packed axis [N] int64 and the tokens [N, D] that take their places; one launch for each frame size
     that there is."""
-    starts = [0, *accumulate(videos.lengths)]
-    of_video = sizes.split([grid[0] for grid in videos.grids])
     shapes: dict[tuple[int, int], list[int]] = {}
     for video, (_, rows, columns) in enumerate(videos.grids):
         shapes.setdefault((rows, columns), []).append(video)
+    width = videos.tokens.shape[1]
+    if len(shapes) == 1:
+        return _compress_equal(videos.tokens.view(-1, *next(iter(shapes)), width), sizes, mode)
+    starts = [0, *accumulate(videos.lengths)]
+    of_video = sizes.split([grid[0] for grid in videos.grids])
     indices: list[Any] = [None] * len(videos.lengths)
     tokens: list[Any] = [None] * len(videos.lengths)
     for shape, members in shapes.items():
-        if len(shapes) == 1:
-            frames = videos.tokens
-        else:
-            frames = torch.cat([videos.tokens[starts[video] : starts[video + 1]] for video in members])
-        places, made = _compress_equal(frames.view(-1, *shape, frames.shape[1]), _cat(of_video, members), mode)
+        frames = torch.cat([videos.tokens[starts[video] : starts[video + 1]] for video in members])
+        of_shape = torch.cat([of_video[video] for video in members])
+        places, made = _compress_equal(frames.view(-1, *shape, width), of_shape, mode)
         counts = [int(of_video[video].prod(1).sum()) for video in members]
         before = 0
         for video, place, part in zip(members, places.split(counts), made.split(counts), strict=True):
@@ -252,10 +253,6 @@ def _compress_equal(frames: torch.Tensor, sizes: torch.Tensor, mode: str) -> tup
     else:
         tokens, _ = qts_kernels.resize_frames(frames, sizes, mode)
     return grid_places(sizes, torch.tensor([frames.shape[1:3]]).expand(len(sizes), -1)), tokens
-
-
-def _cat(parts: Sequence[torch.Tensor], numbers: list[int]) -> torch.Tensor:
-    return torch.cat([parts[number] for number in numbers])
 
 
 def _everything(videos: Videos, frames: list[_Frames]) -> Selection:
