@@ -1,6 +1,18 @@
 import pytest
 import torch
+from families import FAMILIES
 from tiny_qwen import build_model
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """Every family in turn."""
+    return FAMILIES[request.param]
+
+
+@pytest.fixture(scope="module")
+def built(family):
+    return family.build_model()
 
 
 @pytest.fixture(scope="session")
@@ -9,15 +21,16 @@ def shared_model():
 
 
 @pytest.fixture
-def model(shared_model):
-    """The tiny model; whatever a test attached must be gone afterwards."""
-    before = set(shared_model.__dict__)
-    yield shared_model
-    left = set(shared_model.__dict__) - before - {"_cache", "_previous_max_cache_length"}  # what generate() keeps
+def model(request):
+    """The tiny Qwen2.5-VL, or that of the test's ``family``; whatever a test attached must be gone afterwards."""
+    model = request.getfixturevalue("built" if "family" in request.fixturenames else "shared_model")
+    before = set(model.__dict__)
+    yield model
+    left = set(model.__dict__) - before - {"_cache", "_previous_max_cache_length"}  # what generate() keeps
     if "_qts_video_attachment" in left:
-        shared_model._qts_video_attachment.remove()  # or every later test fails with this one
+        model._qts_video_attachment.remove()  # or every later test fails with this one
     assert not left, f"a test left {left} in the model"
-    shared_model.eval()
+    model.eval()
 
 
 @pytest.fixture(autouse=True)

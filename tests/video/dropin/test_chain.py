@@ -4,7 +4,6 @@ import pytest
 import qts_video
 import torch
 from exact_attention import exact_attention
-from families import FAMILIES
 from qts_video.adapters import find_adapter
 from qts_video.flexselect.relevance import relevance_by_layer
 from qts_video.methods import Chain, FlexSelect, QTSplus, QuoTA, Random, Uniform, Videos
@@ -16,24 +15,6 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False}
 NAMES = pytest.mark.parametrize("name", ["one", "unequal", "several"])
 SIDES = pytest.mark.parametrize("side", ["left", "right"])
 pytestmark = pytest.mark.filterwarnings("ignore:training-free FlexSelect")
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]
-
-
-@pytest.fixture(scope="module")
-def built(family):
-    return family.build_model()
-
-
-@pytest.fixture
-def model(built):
-    yield built
-    if hasattr(built, "_qts_video_attachment"):
-        built._qts_video_attachment.remove()
-    built.eval()
 
 
 class Ramp:

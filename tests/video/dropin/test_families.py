@@ -5,7 +5,6 @@ import re
 import pytest
 import qts_video
 import torch
-from families import FAMILIES
 from qts_video.methods import QTSplus, Random, Uniform
 from tiny import HIDDEN, VERSION, Keep, Oracle, every, keep_all, keep_mask, placeholders, rows
 from transformers import DynamicCache, StaticCache
@@ -15,33 +14,11 @@ POSITIONS = pytest.mark.parametrize("positions", ["original", "compact"])
 NAMES = pytest.mark.parametrize("name", ["one", "unequal", "several"])
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]
-
-
 @pytest.fixture(autouse=True)
 def skip_what_has_no_meaning(request, family):
     for pattern, reason in family.skips.items():
         if re.search(pattern, request.node.name):
             pytest.skip(reason)
-
-
-@pytest.fixture(scope="module")
-def built(family):
-    return family.build_model()
-
-
-@pytest.fixture
-def model(built):
-    """The family's tiny model; whatever a test attached must be gone afterwards."""
-    before = set(built.__dict__)
-    yield built
-    left = set(built.__dict__) - before - {"_cache", "_previous_max_cache_length"}  # what generate() keeps
-    if "_qts_video_attachment" in left:
-        built._qts_video_attachment.remove()
-    assert not left, f"a test left {left} in the model"
-    built.eval()
 
 
 def make_cache(model, kind):

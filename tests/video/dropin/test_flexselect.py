@@ -17,24 +17,11 @@ NAMES = pytest.mark.parametrize("name", ["one", "unequal", "several"])
 pytestmark = pytest.mark.filterwarnings("ignore:training-free FlexSelect")
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]
-
-
-@pytest.fixture(scope="module")
-def built(family):
-    return family.build_model()
-
-
 @pytest.fixture
-def model(built):
-    before = state(built)
-    yield built
-    if hasattr(built, "_qts_video_attachment"):
-        built._qts_video_attachment.remove()
-    built.eval()
-    assert state(built) == before
+def model(model):
+    before = state(model)
+    yield model
+    assert state(model) == before
 
 
 @pytest.fixture(scope="module")

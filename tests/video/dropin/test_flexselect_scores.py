@@ -7,7 +7,6 @@ import pytest
 import qts_video
 import torch
 from exact_attention import exact_attention
-from families import FAMILIES
 from qts_video.adapters import find_adapter
 from qts_video.flexselect.relevance import relevance_by_layer
 from tiny import IMAGE, VIDEO, Keep, keep_all
@@ -16,24 +15,6 @@ LAYERS = [0, 1, 2]
 NAMES = pytest.mark.parametrize("name", ["one", "unequal", "several"])
 REDUCE = pytest.mark.parametrize("reduce", ["max", "mean"])
 pytestmark = pytest.mark.filterwarnings("ignore:training-free FlexSelect")
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]
-
-
-@pytest.fixture(scope="module")
-def built(family):
-    return family.build_model()
-
-
-@pytest.fixture
-def model(built):
-    yield built
-    if hasattr(built, "_qts_video_attachment"):
-        built._qts_video_attachment.remove()
-    built.eval()
 
 
 class Scores(Keep):

@@ -22,18 +22,6 @@ def family(request):
     return FAMILIES[request.param]
 
 
-@pytest.fixture(scope="module")
-def built(family):
-    return family.build_model()
-
-
-@pytest.fixture
-def model(built):
-    yield built
-    if hasattr(built, "_qts_video_attachment"):
-        built._qts_video_attachment.remove()
-
-
 def sharpen(lite):
     """As ``tiny.ready``: with the default initialisation, attention is flat."""
     with torch.no_grad():
@@ -332,7 +320,7 @@ def test_lite_by_path(family, model, tmp_path, recwarn):
     assert not [w for w in recwarn if "FlexSelect" in str(w.message)]  # it saves from few frames on
 
 
-def test_a_seed_makes_the_same_selector(model):
+def test_a_seed_makes_the_same_selector(family, model):
     before = torch.get_rng_state()
     a, b, c = (LiteSelector.build(model, **SIZES, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)

@@ -4,7 +4,6 @@ import pytest
 import qts_video
 import torch
 import torch.nn.functional as F
-from families import FAMILIES
 from qts_video.adapters import find_adapter
 from qts_video.methods import QuoTA
 from tiny import Oracle, keep_mask, rows
@@ -12,24 +11,6 @@ from tiny import Oracle, keep_mask, rows
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 NAMES = pytest.mark.parametrize("name", ["one", "unequal", "several"])
 MODES = ("bilinear", "adaptive_avg", "linspace", "merge", "merge_separable")
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]
-
-
-@pytest.fixture(scope="module")
-def built(family):
-    return family.build_model()
-
-
-@pytest.fixture
-def model(built):
-    yield built
-    if hasattr(built, "_qts_video_attachment"):
-        built._qts_video_attachment.remove()
-    built.eval()
 
 
 class Ramp:

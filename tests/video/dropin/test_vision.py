@@ -16,25 +16,6 @@ from tiny import VERSION, Keep, Video, every, keep_all, prompt, user
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]
-
-
-@pytest.fixture(scope="module")
-def built(family):
-    return family.build_model()
-
-
-@pytest.fixture
-def model(built):
-    yield built
-    if hasattr(built, "_qts_video_attachment"):
-        built._qts_video_attachment.remove()  # or every later test fails with this one
-        raise AssertionError("a test left its attachment in the model")
-    built.eval()
-
-
 class Sees(Keep):
     """Remembers the vision features of every call."""
 
