@@ -8,7 +8,7 @@ from transformers import (
     LlavaOnevisionVideoProcessor,
 )
 
-from qts_video.embedded.tokenizer import build_qwen_tokenizer
+from qts_video.embedded.tokenizer import build_qwen_tokenizer, qwen2_config
 
 SIZE, PATCH = 84, 14
 PATCHES = (SIZE // PATCH) ** 2
@@ -45,20 +45,7 @@ def build_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForConditio
     """4 Qwen2 layers of width 128 and a 2-layer SigLIP tower."""
     tokenizer = processor.tokenizer
     config = LlavaOnevisionConfig(
-        text_config={
-            "model_type": "qwen2",
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": len(tokenizer),
-            "max_position_embeddings": 32768,
-            "tie_word_embeddings": False,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
+        text_config=qwen2_config(tokenizer),
         vision_config={
             "model_type": "siglip_vision_model",
             "hidden_size": 64,

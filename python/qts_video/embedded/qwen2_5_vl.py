@@ -12,7 +12,7 @@ from qts_video.embedded.tokenizer import build_qwen_tokenizer
 
 VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
-CHAT_TEMPLATE = """\
+RENDER = """\
 {%- macro render(content) -%}
 {%- if content is string -%}{{ content }}
 {%- else -%}
@@ -24,14 +24,19 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- endif -%}
 {%- endmacro -%}
+"""
+SYSTEM = """\
 {%- if messages[0].role != 'system' -%}
 {{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
 {%- endif -%}
+"""
+TURNS = """\
 {%- for message in messages -%}
 {{ '<|im_start|>' + message.role + '\\n' + render(message.content) + '<|im_end|>\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
 """
+CHAT_TEMPLATE = RENDER + SYSTEM + TURNS
 
 
 def build_processor() -> Qwen2_5_VLProcessor:

@@ -8,28 +8,10 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from qts_video.embedded.qwen2_5_vl import RENDER, TURNS, VISION_TOKENS
 from qts_video.embedded.tokenizer import build_qwen_tokenizer
 
-VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-
-# As Qwen2.5-VL's, but without a system turn of its own.
-CHAT_TEMPLATE = """\
-{%- macro render(content) -%}
-{%- if content is string -%}{{ content }}
-{%- else -%}
-{%- for part in content -%}
-{%- if part.type == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>
-{%- elif part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
-{%- elif part.type == 'text' -%}{{ part.text }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-{{ '<|im_start|>' + message.role + '\\n' + render(message.content) + '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
-"""
+CHAT_TEMPLATE = RENDER + TURNS  # without a system turn of its own
 
 
 def build_processor() -> Qwen3VLProcessor:

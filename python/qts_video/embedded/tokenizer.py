@@ -117,3 +117,21 @@ def _load(tokenizer: Tokenizer, **config: Any) -> Any:
         tokenizer.save(str(Path(folder) / "tokenizer.json"))
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 32768}))
         return AutoTokenizer.from_pretrained(folder)
+
+
+def qwen2_config(tokenizer: Any) -> dict[str, Any]:
+    """Of a Qwen2 with 4 layers of width 128, for ``tokenizer``."""
+    return {
+        "model_type": "qwen2",
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }

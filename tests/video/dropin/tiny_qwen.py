@@ -1,5 +1,7 @@
 """A tiny Qwen2.5-VL, and prompts for it."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from tiny import (
     HIDDEN,
@@ -53,9 +55,22 @@ def build_model(attn: str = "sdpa", **text_options) -> Qwen2_5_VLForConditionalG
 
 def inputs(*samples: list[Part], side: str = "left", seed: int = 1) -> dict[str, torch.Tensor]:
     """What the processor would return for ``samples``, padded on ``side``."""
+
+    def placeholders(video: Video) -> list[int]:
+        return [VISION_START, *[VIDEO] * video.tokens, VISION_END]
+
+    batch = qwen_inputs(samples, side, seed, PATCH, placeholders)
+    seconds = [part.seconds for sample in samples for part in sample if isinstance(part, Video)]
+    return batch | ({"second_per_grid_ts": torch.tensor(seconds)} if seconds else {})
+
+
+def qwen_inputs(
+    samples: Sequence[list[Part]], side: str, seed: int, patch: int, placeholders: Callable[[Video], list[int]]
+) -> dict[str, torch.Tensor]:
+    """The same without times, for a Qwen-VL whose patches are ``patch`` pixels wide; ``placeholders`` of a video are
+    its ids in the prompt."""
     generator = torch.Generator().manual_seed(seed)
     rows, pixels, grids = [], {Video: [], Image: []}, {Video: [], Image: []}
-    seconds = []
     for sample in samples:
         ids = []
         for part in sample:
@@ -63,14 +78,11 @@ def inputs(*samples: list[Part], side: str = "left", seed: int = 1) -> dict[str,
                 ids += part
                 continue
             kind = type(part)
-            t = part.t if kind is Video else 1
-            grid = (t, part.rows * MERGE, part.columns * MERGE)
+            grid = (part.t if kind is Video else 1, part.rows * MERGE, part.columns * MERGE)
             grids[kind].append(grid)
             patches = grid[0] * grid[1] * grid[2]
-            pixels[kind].append(torch.randn(patches, 3 * 2 * PATCH * PATCH, generator=generator, dtype=torch.float64))
-            if kind is Video:
-                seconds.append(part.seconds)
-            ids += [VISION_START, *[VIDEO if kind is Video else IMAGE] * part.tokens, VISION_END]
+            pixels[kind].append(torch.randn(patches, 3 * 2 * patch * patch, generator=generator, dtype=torch.float64))
+            ids += placeholders(part) if kind is Video else [VISION_START, *[IMAGE] * part.tokens, VISION_END]
         rows.append(ids)
     batch = pad(rows, side)
     for kind, suffix, grid_name in (
@@ -80,30 +92,31 @@ def inputs(*samples: list[Part], side: str = "left", seed: int = 1) -> dict[str,
         if pixels[kind]:
             batch[suffix] = torch.cat(pixels[kind])
             batch[grid_name] = torch.tensor(grids[kind])
-    if seconds:
-        batch["second_per_grid_ts"] = torch.tensor(seconds)
     if NEEDS_TOKEN_TYPES:
         ids = batch["input_ids"]
         batch["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
     return batch
 
 
+PROMPTS = {
+    "one": [prompt(user(Video(4), [30, 31, 32]))],
+    "unequal": [
+        prompt(user([40], Video(4), [30, 31, 32])),
+        prompt(user(Video(2, 3, 2), [33])),
+        prompt(user(Video(3, 2, 2), [34, 35]), assistant(50, 51), user([36, 37])),
+    ],
+    "several": [
+        prompt(user(Image(), Video(3), [30], Video(2, 2, 2), [31, 32])),
+        prompt(user([33], Video(4, 2, 2), Image(2, 3), [34])),
+    ],
+    "images": [prompt(user(Image(), [30, 31])), prompt(user(Image(3, 2), [32, 33, 34]))],
+}
+"""For every Qwen-VL."""
+
 FAMILY = Family(
     name="qwen2_5_vl",
     build_model=build_model,
     inputs=inputs,
-    prompts={
-        "one": [prompt(user(Video(4), [30, 31, 32]))],
-        "unequal": [
-            prompt(user([40], Video(4), [30, 31, 32])),
-            prompt(user(Video(2, 3, 2), [33])),
-            prompt(user(Video(3, 2, 2), [34, 35]), assistant(50, 51), user([36, 37])),
-        ],
-        "several": [
-            prompt(user(Image(), Video(3), [30], Video(2, 2, 2), [31, 32])),
-            prompt(user([33], Video(4, 2, 2), Image(2, 3), [34])),
-        ],
-        "images": [prompt(user(Image(), [30, 31])), prompt(user(Image(3, 2), [32, 33, 34]))],
-    },
+    prompts=PROMPTS,
     vision="model.visual",
 )

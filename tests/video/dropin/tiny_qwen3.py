@@ -4,25 +4,20 @@ import torch
 from tiny import (
     HIDDEN,
     IMAGE,
-    NEEDS_TOKEN_TYPES,
     TEXT,
     VERSION,
     VIDEO,
     VISION_END,
     VISION_START,
     Family,
-    Image,
     Part,
     Video,
-    assistant,
-    pad,
-    prompt,
     ready,
-    user,
 )
+from tiny_qwen import MERGE, PROMPTS, qwen_inputs
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-MERGE, PATCH = 2, 16
+PATCH = 16
 LABEL = {piece: number for number, piece in enumerate(["<", *"0123456789", ".", " seconds", ">"], 470)}
 """What time labels are written with; as in Qwen's vocabulary, a digit is a token."""
 
@@ -61,57 +56,20 @@ def label(seconds: float) -> list[int]:
 
 def inputs(*samples: list[Part], side: str = "left", seed: int = 1) -> dict[str, torch.Tensor]:
     """What the processor would return for ``samples``, padded on ``side``."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, pixels, grids = [], {Video: [], Image: []}, {Video: [], Image: []}
-    for sample in samples:
-        ids = []
-        for part in sample:
-            if isinstance(part, list):
-                ids += part
-                continue
-            kind = type(part)
-            grid = (part.t if kind is Video else 1, part.rows * MERGE, part.columns * MERGE)
-            grids[kind].append(grid)
-            patches = grid[0] * grid[1] * grid[2]
-            pixels[kind].append(torch.randn(patches, 3 * 2 * PATCH * PATCH, generator=generator, dtype=torch.float64))
-            if kind is Image:
-                ids += [VISION_START, *[IMAGE] * part.tokens, VISION_END]
-                continue
-            for step in range(part.t):
-                time = label((step + 0.25) * part.seconds)  # the mean time of a step's two frames
-                ids += [*time, VISION_START, *[VIDEO] * (part.rows * part.columns), VISION_END]
-        rows.append(ids)
-    batch = pad(rows, side)
-    for kind, suffix, grid_name in (
-        (Video, "pixel_values_videos", "video_grid_thw"),
-        (Image, "pixel_values", "image_grid_thw"),
-    ):
-        if pixels[kind]:
-            batch[suffix] = torch.cat(pixels[kind])
-            batch[grid_name] = torch.tensor(grids[kind])
-    if NEEDS_TOKEN_TYPES:
-        ids = batch["input_ids"]
-        batch["mm_token_type_ids"] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
-    return batch
+
+    def placeholders(video: Video) -> list[int]:
+        step = [VISION_START, *[VIDEO] * (video.rows * video.columns), VISION_END]
+        # The mean time of a step's two frames is written in front of it.
+        return [i for t in range(video.t) for i in [*label((t + 0.25) * video.seconds), *step]]
+
+    return qwen_inputs(samples, side, seed, PATCH, placeholders)
 
 
 FAMILY = Family(
     name="qwen3_vl",
     build_model=build_model,
     inputs=inputs,
-    prompts={
-        "one": [prompt(user(Video(4), [30, 31, 32]))],
-        "unequal": [
-            prompt(user([40], Video(4), [30, 31, 32])),
-            prompt(user(Video(2, 3, 2), [33])),
-            prompt(user(Video(3, 2, 2), [34, 35]), assistant(50, 51), user([36, 37])),
-        ],
-        "several": [
-            prompt(user(Image(), Video(3), [30], Video(2, 2, 2), [31, 32])),
-            prompt(user([33], Video(4, 2, 2), Image(2, 3), [34])),
-        ],
-        "images": [prompt(user(Image(), [30, 31])), prompt(user(Image(3, 2), [32, 33, 34]))],
-    },
+    prompts=PROMPTS,
     vision="model.visual",
     repeats=VERSION >= (5,),  # 4.57 takes every time step for a video when it repeats a sample's
 )
