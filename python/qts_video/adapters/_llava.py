@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qts_video.adapters.base import Parts
+from qts_video.adapters.base import Parts, check_class, has_features
 from qts_video.adapters.vision_order import first_copies
 from qts_video.dropin.layout import Layout, locate_videos
 from qts_video.dropin.question import ChatMarkers, resolve_markers
@@ -53,13 +53,7 @@ class Llava:
         raise NotImplementedError
 
     def check(self, model: nn.Module) -> None:
-        import transformers
-
-        if not isinstance(model, getattr(transformers, self.class_name)):
-            raise TypeError(
-                f"expected a {self.class_name}, got {type(model).__name__} "
-                "(of a wrapped model give the model inside, e.g. peft's get_base_model())"
-            )
+        check_class(model, self.class_name)
 
     def parts(self, model: nn.Module) -> Parts:
         return Parts(base=model.model, decoder=model.model.language_model, vision=model.model.vision_tower)
@@ -80,8 +74,7 @@ class Llava:
         return False
 
     def has_video_features(self, inputs: Mapping[str, Any]) -> bool:
-        encoded = inputs.get("mm_encoder_outputs") or {}  # what generate() passes on since transformers 5.18
-        return inputs.get("pixel_values_videos") is not None or encoded.get("video") is not None
+        return has_features(inputs, "pixel_values_videos", "video")
 
     def locate(
         self,

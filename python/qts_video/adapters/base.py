@@ -26,6 +26,23 @@ class Parts:
     language model with ``inputs_embeds=``; None where the model's generate() is transformers' own."""
 
 
+def check_class(model: nn.Module, class_name: str) -> None:
+    """Raise TypeError unless ``model`` is of transformers' class of that name."""
+    import transformers
+
+    if not isinstance(model, getattr(transformers, class_name)):
+        raise TypeError(
+            f"expected a {class_name}, got {type(model).__name__} "
+            "(of a wrapped model give the model inside, e.g. peft's get_base_model())"
+        )
+
+
+def has_features(inputs: Mapping[str, Any], pixels: str, modality: str) -> bool:
+    """Whether a forward call was given ``pixels``, or a ``modality`` that was encoded ahead."""
+    encoded = inputs.get("mm_encoder_outputs") or {}  # what generate() passes on since transformers 5.18
+    return inputs.get(pixels) is not None or encoded.get(modality) is not None
+
+
 class Adapter(Protocol):
     """Everything the drop-in needs to know about one model."""
 

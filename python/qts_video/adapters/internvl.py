@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qts_video.adapters.base import Parts
+from qts_video.adapters.base import Parts, has_features
 from qts_video.adapters.numbered_frames import find_frames
 from qts_video.adapters.vision_order import first_copies
 from qts_video.dropin.layout import Layout, locate_videos
@@ -77,8 +77,7 @@ class InternVL:
         return False
 
     def has_video_features(self, inputs: Mapping[str, Any]) -> bool:
-        encoded = inputs.get("mm_encoder_outputs") or {}  # what generate() passes on since transformers 5.18
-        return inputs.get("pixel_values") is not None or encoded.get("image") is not None
+        return has_features(inputs, "pixel_values", "image")
 
     def locate(
         self,
