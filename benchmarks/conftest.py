@@ -2,16 +2,16 @@
 
 A benchmark is a row (op, shape, who). It checks its answer before it times it. Times are only ever compared within
 one run; the table gives each peer's median over ours. The JSON under benchmarks/results/ holds the machine's and the
-versions' names beside them.
+versions' names beside them; where it is of this machine, a run fails that lost more than 15 % of a ratio in it.
 """
 
-import json
 import platform
 import re
 from collections import defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
 
+import guard
 import pytest
 import torch
 import triton
@@ -106,12 +106,40 @@ def rows(benchmarks) -> list[dict]:
     return found
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record-results",
+        action="store_true",
+        help="write the ratios to benchmarks/results/ also where this machine has some there, which else are compared "
+        f"with: a loss of more than {guard.ALLOWED:.0%} fails the run",
+    )
+
+
+def results_path() -> Path:
+    name = re.sub(r"[^A-Za-z0-9]+", "-", machine()).strip("-").lower()
+    return RESULTS / f"{name}.json"
+
+
+def measured(config) -> list[dict]:
     session = getattr(config, "_benchmarksession", None)
-    if session is None or not session.benchmarks:
+    return [] if session is None else rows(session.benchmarks)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    config = session.config
+    if config.getoption("--record-results") or exitstatus != pytest.ExitCode.OK:
+        return
+    if guard.lost(guard.read_rows(results_path()), measured(config)):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    found = measured(config)
+    if not found:
         return
     table = defaultdict(list)
-    for r in rows(session.benchmarks):
+    for r in found:
         table[r["op"], r["shape"]].append(r)
     write = terminalreporter.write_line
     write("")
@@ -122,27 +150,14 @@ def pytest_terminal_summary(terminalreporter, config):
             ratio = "" if r["ratio_to_ours"] is None else f"{r['ratio_to_ours']:8.2f}x"
             peak = "" if "peak_mb" not in r else f"   peak {r['peak_mb']} MB"
             write(f"    {r['who']:34s} {r['median_s'] * 1e3:10.3f} ms  +- {r['iqr_s'] * 1e3:7.3f} {ratio:>9}{peak}")
-    RESULTS.mkdir(exist_ok=True)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", machine()).strip("-").lower()
-    path = RESULTS / f"{name}.json"
-    merged = {}
-    if path.exists():
-        merged = {(r["op"], r["shape"], r["who"]): r for r in json.loads(path.read_text())["rows"]}
-    merged.update({(r["op"], r["shape"], r["who"]): r for r in rows(session.benchmarks)})
-    path.write_text(
-        json.dumps(
-            {
-                "machine": machine(),
-                "date": datetime.now(timezone.utc).date().isoformat(),
-                "versions": {
-                    "python": platform.python_version(),
-                    "torch": torch.__version__,
-                    "triton": triton.__version__,
-                },
-                "rows": [merged[key] for key in sorted(merged)],
-            },
-            indent=1,
-        )
-        + "\n"
-    )
-    write(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    path = results_path()
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    if path.exists() and not config.getoption("--record-results"):
+        for row, before in guard.lost(guard.read_rows(path), found):
+            of = f"{row['op']}  {row['shape']}  {row['who']}"
+            write(f"LOST  {of}: {row['ratio_to_ours']:.2f}x, and {before:.2f}x in {shown}", red=True)
+        write(f"compared with {shown} (--record-results writes it anew)")
+        return
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    guard.write_rows(path, found, machine(), versions)
+    write(f"written to {shown}")

@@ -31,6 +31,6 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "== compute-sanitizer is not on this machine: memory and race checks were not run"
 fi
-step_name=benchmarks lines=80 step "benchmarks" python3 -m pytest benchmarks --benchmark-only -q
+step_name=benchmarks lines=80 step "benchmarks" python3 -m pytest benchmarks --benchmark-only --record-results -q
 [ -z "${OUT:-}" ] || cp benchmarks/results/*.json "$OUT"/
 exit "$status"
