@@ -28,5 +28,9 @@ class Selection:
     """[S] int64, tokens kept a segment."""
     entropy: torch.Tensor | None = None
     """[S] fp32, entropy in nats of the normalised relevance. None: the method does not use it."""
+    n_expected: torch.Tensor | None = None
+    """[S] fp32, rho M: tokens that the training gate keeps on average, differentiable. None outside training."""
     extras: tuple[torch.Tensor, ...] = field(default_factory=tuple)
     """Per-token data gathered beside the tokens (timestamps, positions), in the order given."""
+    notes: tuple[str, ...] = ()
+    """What the selector has to say about this selection, one sentence each."""

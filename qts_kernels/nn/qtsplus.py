@@ -1,5 +1,6 @@
 """QTSplus: score the vision tokens against the question, predict a budget, keep the best, re-encode them with time."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -8,8 +9,9 @@ from torch.nn import functional as F
 
 from qts_kernels._checks import check_cu_seqlens, check_same, check_shape, check_tensor
 from qts_kernels.nn.budget import BudgetHead
+from qts_kernels.nn.gate import Gate, keep_logits, logistic_noise, segment_seeds, straight_through
 from qts_kernels.nn.layers import EPS
-from qts_kernels.nn.packing import join, pack
+from qts_kernels.nn.packing import Packed, join, pack
 from qts_kernels.nn.reencoder import ReencodeLayer
 from qts_kernels.nn.scoring import RelevanceLayer, ScoringLayer
 from qts_kernels.nn.serialization import adapt_released_state, load_module, save_module
@@ -27,11 +29,18 @@ class QTSplus(nn.Module):
     ``load_state_dict`` takes a released selector's state dict as it is: what is dead in its last scoring layer is
     dropped, and a time embedding that is absent starts at zero, which leaves the outputs as they were.
 
+    In eval mode the Top-n of the predicted budget is kept. In training mode a token is kept with the probability
+    p_i = sigmoid((r_i - t) / tau_s), where t makes them sum to rho M; gradients go straight through to the p_i of kept
+    tokens, by their rows and the attention of the first re-encoder layer, and of dropped ones, by that attention and by
+    t; without a re-encoder layer dropped ones have t alone. Later re-encoder layers know the kept tokens alone.
+    ``rho_mean`` is the running mean of rho that training measures rho against: ``update_rho_mean``.
+
     Args:
         d_model: D, width of the vision tokens and of the question's embeddings.
         num_heads, num_kv_heads: attention heads, and key heads (None: as many); D a multiple of num_heads.
-        tau_s: temperature of the training gate, in units of the scores. Inference does not use it.
-        n_max: most tokens to keep of a segment under the predicted budget.
+        tau_s: temperature of the training gate, in units of the scores, which are softmax weights: of M tokens the mean
+            is near 1/M, so that a tau_s far above it makes all p_i nearly rho. Inference does not use it.
+        n_max: most tokens to keep of a segment under the predicted budget, or by the training gate.
         rho_min, rho_max: range of the predicted retention ratio.
         scoring_layers: at least 1. Only the last one scores; earlier ones let the question read the vision tokens.
         reencode_layers: 0 returns the kept rows as they are.
@@ -89,6 +98,7 @@ class QTSplus(nn.Module):
         self.budget = BudgetHead(d_model, n_max, rho_min, rho_max)
         self.reencode_layers = nn.ModuleList(ReencodeLayer(*heads) for _ in range(reencode_layers))
         self.time_embedding = TimeEmbedding(d_model) if time_embedding and reencode_layers else None
+        self.register_buffer("rho_mean", torch.zeros(()))  # 0: none yet; rho is above 0
         self.register_load_state_dict_pre_hook(adapt_released_state)
 
     def forward(
@@ -103,6 +113,8 @@ class QTSplus(nn.Module):
         cu_seqlens_question: Tensor | None = None,
         n: int | Tensor | None = None,
         max_n: int | Tensor | None = None,
+        noise: bool = True,
+        seed: int | Tensor | None = None,
     ) -> Selection:
         """Select tokens of each segment by the question about it.
 
@@ -118,10 +130,15 @@ class QTSplus(nn.Module):
                 device.
             max_n: an upper bound of the number to keep, whoever decides it; as ``n``. An int keeps results small on a
                 GPU.
+            noise: training mode: false keeps the Top-n of the budget, as in eval mode, and so does a given ``n``; the
+                gradients are those of the gate all the same.
+            seed: training mode: of the noise, an int, or an int64 tensor [S] with one for each segment, whose noise
+                then depends on nothing else. None: from torch's generator.
 
         Returns:
             Selection: tokens [N, D] re-encoded, indices [N] rows of the packed B*M (or sum M) axis, cu_seqlens [S+1],
-            scores [B, M] or [sum M] in fp32 (0 where masked), rho [S] as predicted, n [S] as kept, entropy [S].
+            scores [B, M] or [sum M] in fp32 (0 where masked), rho [S] as predicted, n [S] as kept, entropy [S]; in
+            training mode n_expected [S].
             On a CPU N is sum n. On a GPU, where knowing sum n would synchronise, N is a bound of it and the rest is
             padding: index -1 and zeros.
 
@@ -149,24 +166,40 @@ class QTSplus(nn.Module):
         scores = self.scoring_layers[-1](rows, vision, key_scale, cu_text, cu_vision)
         rho, predicted, entropy = self.budget(text.pack(text.rows), scores, text.cu_seqlens, vision.cu_seqlens)
 
-        wanted, bound, total = self._resolve_budget(n, max_n, predicted, vision.max_seqlen, vision.rows.shape[0])
-        places, cu_kept = topn(scores.detach().float(), F.pad(wanted, (0, hidden)), cu_seqlens=cu_vision, max_n=bound)
+        ranking, sampled, logits = scores.detach(), None, None
+        if self.training:
+            logits = keep_logits(scores, F.pad(rho, (0, hidden), value=0.5), self.tau_s, cu_vision)
+            if n is None and noise:
+                seeds = F.pad(segment_seeds(seed, segments, scores.device), (0, hidden))
+                ranking = logits.detach() + logistic_noise(seeds, cu_vision, scores.shape[0])
+                sampled = _count_above_zero(ranking, vision.cu_seqlens)
+
+        wanted, bound, total = self._resolve_budget(n, max_n, predicted, sampled, vision)
+        places, cu_kept = topn(ranking.float(), F.pad(wanted, (0, hidden)), cu_seqlens=cu_vision, max_n=bound)
         places, cu_kept = places[:total], cu_kept[: segments + 1]
         if places.device.type == "cpu" and not torch.compiler.is_compiling():
             places, bound = places[: int(cu_kept[-1])], int(cu_kept.diff().max())
         indices = vision.rows_at(places)
+        gate = Gate(straight_through(logits, places), vision) if self.training else None
         return Selection(
-            tokens=self.reencode(vision.rows, indices, cu_kept, bound, timestamps),
+            tokens=self.reencode(vision.rows, indices, cu_kept, bound, timestamps, gate),
             indices=indices,
             cu_seqlens=cu_kept,
             scores=vision.unpack(scores).view(vision_tokens.shape[:-1]),
             rho=rho,
             n=cu_kept.diff().long(),
             entropy=entropy,
+            n_expected=rho * vision.cu_seqlens.diff() if self.training else None,
         )
 
     def reencode(
-        self, tokens: Tensor, indices: Tensor, cu_seqlens: Tensor, max_seqlen: int, timestamps: Tensor | None = None
+        self,
+        tokens: Tensor,
+        indices: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        timestamps: Tensor | None = None,
+        gate: Gate | None = None,
     ) -> Tensor:
         """The rows ``indices`` of ``tokens``, re-encoded with each other within each segment.
 
@@ -174,21 +207,61 @@ class QTSplus(nn.Module):
             tokens: [M, D]. indices: int64 [N], -1 in padding. cu_seqlens: int32 [S+1] offsets in indices.
             max_seqlen: at least the longest segment.
             timestamps: M values, seconds, or None.
+            gate: of training: scales the rows, and takes part in the first layer's attention.
 
         Returns:
-            [N, D], zeros in padding. Differentiable in tokens and the parameters.
+            [N, D], zeros in padding. Differentiable in tokens, the parameters and the gate.
         """
+        rows, places = tokens, indices
+        if gate is not None:
+            kept = gather_tokens(gate.vision.unpack(gate.value), indices).to(tokens.dtype)
+            rows = gather_tokens(tokens, indices) * kept[:, None]
+            places = torch.arange(len(indices), device=indices.device).where(indices >= 0, -1)
         if not len(self.reencode_layers):
-            return gather_tokens(tokens, indices)
+            return gather_tokens(tokens, indices) if gate is None else rows
         time = None
         if timestamps is not None and self.time_embedding is not None:
             time = self.time_embedding(gather_tokens(timestamps.flatten(), indices)).to(tokens.dtype)
-        residual, normed = gather_add_rms_norm(tokens, indices, time, None, EPS)
-        update, residual = self.reencode_layers[0](residual, normed, cu_seqlens, max_seqlen)
+        residual, normed = gather_add_rms_norm(rows, places, time, None, EPS)
+        normed_all = None if gate is None else self._normed(gate.vision, timestamps)
+        update, residual = self.reencode_layers[0](residual, normed, cu_seqlens, max_seqlen, gate, normed_all)
         for layer in self.reencode_layers[1:]:
             residual, normed = add_rms_norm(update, residual, None, EPS)
             update, residual = layer(residual, normed, cu_seqlens, max_seqlen)
         return (residual + update).masked_fill((indices < 0)[:, None], 0)
+
+    @torch.no_grad()
+    def _normed(self, vision: Packed, timestamps: Tensor | None) -> Tensor:
+        """[T, D] in packed order: what the first re-encoder layer would read, were every token kept."""
+        rows = vision.pack(vision.rows)
+        if timestamps is not None and self.time_embedding is not None:
+            rows = rows + self.time_embedding(vision.pack(timestamps.flatten())).to(rows.dtype)
+        return rows * rms_scale(rows, EPS).to(rows.dtype)[:, None]
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that training can change, by name: all but the biases of the key projections. Those add the
+        same to all logits of a query and leave the softmax; what gradient they get is rounding."""
+        return ((name, p) for name, p in self.named_parameters() if not name.endswith("k_proj.bias"))
+
+    @torch.no_grad()
+    def update_rho_mean(self, total: Tensor, count: Tensor | int, momentum: float = 0.99) -> None:
+        """Move ``rho_mean`` towards the mean rho of a step: ``momentum`` of the old, the rest of the new; the first one
+        as it is. Summed over all ranks of the default process group, where there is one, in one all_reduce.
+
+        Args:
+            total: sum of the step's rho. count: how many they are.
+
+        Raises:
+            RuntimeError: in eval mode, where the mean must not move.
+        """
+        if not self.training:
+            raise RuntimeError("rho_mean moves in training mode alone")
+        sums = torch.stack([total.float(), torch.as_tensor(count).to(total.device, torch.float32)])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        mean = (sums[0] / sums[1]).to(self.rho_mean.dtype)
+        moved = momentum * self.rho_mean + (1 - momentum) * mean
+        self.rho_mean.copy_(torch.where(self.rho_mean == 0, mean, moved))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``, which is made where it is absent."""
@@ -203,17 +276,23 @@ class QTSplus(nn.Module):
         """
         return load_module(cls, folder)
 
-    def _resolve_budget(self, n, max_n, predicted: Tensor, longest: int, rows: int) -> tuple[Tensor, int, int]:
-        """The tokens to keep of each segment [S], and bounds known on the host: of one segment, and of all together."""
+    def _resolve_budget(
+        self, n, max_n, predicted: Tensor, sampled: Tensor | None, vision: Packed
+    ) -> tuple[Tensor, int, int]:
+        """The tokens to keep of each segment [S], and bounds known on the host: of one segment, and of all together.
+        ``sampled`` [S]: how many the training gate keeps."""
         segments = predicted.shape[0]
-        bound = longest
-        total = rows
-        if n is None:
+        bound = vision.max_seqlen
+        total = vision.rows.shape[0]
+        if sampled is not None:
+            n = sampled.clamp(1, self.budget.n_max)
+            bound = min(bound, self.budget.n_max)
+        elif n is None:
             n = predicted
             # ceil(rho M) is at most rho_max M + 1, for one segment and, summed up, for all.
             share = self.budget.rho_max
-            bound = min(bound, self.budget.n_max, int(share * longest) + 1)
-            total = min(total, int(share * rows) + segments)
+            total = min(total, int(share * total) + segments)
+            bound = min(bound, self.budget.n_max, int(share * bound) + 1)
         elif not isinstance(n, Tensor):
             bound = min(bound, n)
         wanted = _counts("n", n, predicted)
@@ -262,6 +341,12 @@ class QTSplus(nn.Module):
             raise ValueError(f"{name} must be on the device of the parameters, {weight.device}, got {x.device}")
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"{name} must have the dtype of the parameters, {weight.dtype}, got {x.dtype}")
+
+
+def _count_above_zero(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """int64 [S]: how many of ``x`` [M] are above 0 in each segment."""
+    running = F.pad((x > 0).long().cumsum(0), (1, 0))[cu_seqlens.long()]
+    return running.diff()
 
 
 def _counts(name: str, n: int | Tensor, like: Tensor) -> Tensor:

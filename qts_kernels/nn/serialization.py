@@ -16,7 +16,8 @@ Module = TypeVar("Module", bound=nn.Module)
 
 def adapt_released_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A load_state_dict pre-hook of ``QTSplus``: drop what is dead in the last scoring layer, and start an absent time
-    embedding at zero. Everything else is left to the usual strict check."""
+    embedding and an absent running mean of rho at zero. Everything else is left to the usual strict check."""
+    state.setdefault(f"{prefix}rho_mean", torch.zeros_like(module.rho_mean))
     last = f"{prefix}scoring_layers.{len(module.scoring_layers) - 1}."
     for name in RelevanceLayer.dead:
         state.pop(last + name, None)

@@ -28,7 +28,7 @@ class Golden:
             rho_max=c["hi"],
             scoring_layers=c["ns"],
             reencode_layers=c["nr"],
-        )
+        ).eval()
         self.module.load_state_dict(self.named("state."))
 
     def named(self, prefix: str) -> dict[str, torch.Tensor]:
