@@ -1,8 +1,9 @@
 """The newline tokens that LLaVA-Video was trained with among those of a video. transformers' LLaVA-OneVision class, in
-which converted checkpoints run, writes one behind the whole video alone."""
+which converted checkpoints run, writes one behind the whole video alone. And the frames' tokens before the pooling."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,15 +13,15 @@ from torch.nn.utils.rnn import pad_sequence
 from qts_video.adapters._llava import count_tokens, newline_layouts
 from qts_video.adapters.llava_onevision import LlavaOnevision
 
-_METHOD = "get_video_features"
+_METHOD, _POOLING = "get_video_features", "apply_pooling"
 _ADAPTER = LlavaOnevision()
 
 
-def newline_layout(model: nn.Module, position: str) -> "NewlineLayout":
+def newline_layout(model: nn.Module, position: str, pooled: bool = True) -> "NewlineLayout":
     """Make a LLaVA-OneVision model write its newline tokens where ``position`` says, from here on.
 
-    Use it as a context manager, or call ``remove()`` at the end. The prompt must hold a placeholder for every newline:
-    ``prepare`` turns what the processor returned into that. Goes with ``attach``, before or after it::
+    Use it as a context manager, or call ``remove()`` at the end. The prompt must hold a placeholder for every token and
+    newline: ``prepare`` turns what the processor returned into that. Goes with ``attach``, before or after it::
 
         with newline_layout(model, "grid") as layout, attach(model, selector):
             model.generate(**layout.prepare(processor(text=..., videos=..., return_tensors="pt")))
@@ -29,6 +30,9 @@ def newline_layout(model: nn.Module, position: str) -> "NewlineLayout":
         model: a ``LlavaOnevisionForConditionalGeneration``.
         position: as in a checkpoint's ``mm_newline_position``: "grid", a newline behind every row of every frame;
             "frame", one behind every frame; "one_token", one behind the video, which transformers does by itself.
+        pooled: False leaves out the model's pooling of a video's frames, [h, w] to [ceil(h/2), ceil(w/2)]: for methods
+            that resize frames themselves (QuoTA), with ``attach(..., positions="compact")``, for a prompt of four
+            times the tokens may have more positions than the model was made for. Images stay as they are.
 
     Raises:
         TypeError: another model.
@@ -45,15 +49,17 @@ def newline_layout(model: nn.Module, position: str) -> "NewlineLayout":
         raise ValueError(f"position must be one of {', '.join(positions)}, got {position!r}")
     if isinstance(model.model.__dict__.get(_METHOD), NewlineLayout):
         raise RuntimeError("this model has a newline layout already: remove it first")
-    return NewlineLayout(model, position)
+    return NewlineLayout(model, position, pooled)
 
 
 class NewlineLayout:
     """What ``newline_layout`` returns. It takes the place of the method that encodes videos, of this model alone: an
     object instead of a function, so that a deep copy of the model gets one of its own."""
 
-    def __init__(self, model: nn.Module, position: str) -> None:
-        self.position = position
+    def __init__(self, model: nn.Module, position: str, pooled: bool) -> None:
+        self.key = position, pooled
+        """What tells the features of one layout from those of another."""
+        self.position, self.pooled = position, pooled
         self._model, self._base = model, model.model
         self._encode = self._base.get_video_features
         self._replaced = self._base.__dict__.get(_METHOD)
@@ -86,7 +92,8 @@ class NewlineLayout:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's ``get_video_features``, with its newlines among the features."""
         pixels = next(iter(self.__signature__.bind(*args, **kwargs).arguments.values()))
-        encoded = self._encode(*args, **kwargs)
+        with nullcontext() if self.pooled else _without_pooling(self._base):
+            encoded = self._encode(*args, **kwargs)
         if isinstance(encoded, torch.Tensor):  # transformers 4
             return self._interleave(encoded, pixels.shape[1])
         if isinstance(encoded, tuple):
@@ -97,7 +104,7 @@ class NewlineLayout:
     def _interleave(self, features: torch.Tensor, frames: int) -> torch.Tensor:
         """``features`` [V, tokens, D] with the newlines of this layout, without the last where the model appends it
         itself (as it does before transformers 5.18)."""
-        grid = (frames, *_ADAPTER.frame_grid(self._model))
+        grid = self._grid(frames)
         span, tokens = newline_layouts(grid)[self.position], count_tokens(grid, 0)
         appended = features.shape[1] - tokens
         if appended not in (0, 1):
@@ -106,12 +113,16 @@ class NewlineLayout:
         newline = self._base.image_newline.to(features).expand(*lines.shape[:2], 1, -1)
         return torch.cat([lines, newline], 2).flatten(1, 2)[:, : count_tokens(grid, span) - 1 + appended]
 
+    def _grid(self, frames: int) -> tuple[int, int, int]:
+        pooled, unpooled = _ADAPTER.frame_grids(self._model)
+        return frames, *(pooled if self.pooled else unpooled)
+
     def prepare(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """``inputs`` with as many placeholders for every video as this layout has tokens.
 
         Args:
-            inputs: what the processor returned: ``input_ids`` [B, L] with F*h*w + 1 placeholders for every video,
-                ``attention_mask`` and ``pixel_values_videos`` [V, F, C, H, W].
+            inputs: what the processor returned: ``input_ids`` [B, L] with F*h*w + 1 placeholders for every video (h, w
+                after the pooling), ``attention_mask`` and ``pixel_values_videos`` [V, F, C, H, W].
 
         Returns:
             The same, with ``input_ids``, ``attention_mask`` and every other tensor [B, L] made longer, and padded on
@@ -122,13 +133,14 @@ class NewlineLayout:
         """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         token = _ADAPTER.video_token_id(self._model)
-        grid = (inputs["pixel_values_videos"].shape[1], *_ADAPTER.frame_grid(self._model))
-        layouts = newline_layouts(grid)
-        before, after = count_tokens(grid, layouts["one_token"]), count_tokens(grid, layouts[self.position])
+        frames = inputs["pixel_values_videos"].shape[1]
+        written, grid = (frames, *_ADAPTER.frame_grids(self._model)[0]), self._grid(frames)
+        before = count_tokens(written, newline_layouts(written)["one_token"])
+        after = count_tokens(grid, newline_layouts(grid)[self.position])
         placeholder = (ids == token).cpu()
         if bool((placeholder.sum(1) % before != 0).any()):
             raise ValueError(
-                f"expected {before} placeholders for every video of grid {grid}, as the processor writes them, got "
+                f"expected {before} placeholders for every video of grid {written}, as the processor writes them, got "
                 f"{placeholder.sum(1).tolist()} in the samples"
             )
         # The first placeholder of each video is repeated: they are all the same.
@@ -147,3 +159,17 @@ class NewlineLayout:
             if isinstance(value, torch.Tensor) and value.shape == ids.shape
         }
         return {**inputs, **lengthened}
+
+
+@contextmanager
+def _without_pooling(base: nn.Module) -> Iterator[None]:
+    """While it encodes videos, ``base`` leaves their frames as the projector gave them."""
+    before = base.__dict__.get(_POOLING)
+    setattr(base, _POOLING, lambda features: features)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(base, _POOLING)
+        else:
+            setattr(base, _POOLING, before)

@@ -48,8 +48,8 @@ class Llava:
     positions_carry_time = False
     video_encoder = "get_video_features"
 
-    def frame_grid(self, model: nn.Module) -> tuple[int, int]:
-        """(rows, columns) of the tokens of a frame."""
+    def frame_grids(self, model: nn.Module) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) that the tokens of a frame may have in a prompt; the model's own first."""
         raise NotImplementedError
 
     def check(self, model: nn.Module) -> None:
@@ -87,8 +87,9 @@ class Llava:
         token = self.video_token_id(model)
         placeholders = int((input_ids == token).sum())
         videos, frames = _count_videos(inputs, placeholders)
-        grid = (frames, *self.frame_grid(model))
-        span = _newline_span(placeholders, videos, grid, getattr(model.config, "mm_newline_position", None))
+        grids = [(frames, *of_frame) for of_frame in self.frame_grids(model)]
+        configured = getattr(model.config, "mm_newline_position", None)
+        grid, span = _grid_and_span(placeholders, videos, grids, configured)
         return locate_videos(input_ids, valid, token, [grid] * videos, newline_spans=[span] * videos)
 
     def regroup_copies(self, model: nn.Module, inputs: dict[str, Any], layout: Layout, copies: int) -> dict[str, Any]:
@@ -128,26 +129,35 @@ def _count_videos(inputs: Mapping[str, Any], placeholders: int) -> tuple[int, in
     return videos, len(of_frames) // videos
 
 
-def _newline_span(placeholders: int, videos: int, grid: tuple[int, int, int], configured: str | None) -> int:
-    """How many tokens share a newline, by the number of placeholders.
+def _grid_and_span(
+    placeholders: int, videos: int, grids: list[tuple[int, int, int]], configured: str | None
+) -> tuple[tuple[int, int, int], int]:
+    """Which of ``grids`` the videos have, and how many tokens share a newline, by the number of placeholders.
 
-    No two layouts have the same number of newlines unless they are the same (of a single frame or a single row).
+    No two layouts of a grid have the same number of newlines unless they are the same (of a single frame or a single
+    row). No two grids have a number in common: pooling by 2 takes more tokens than newlines can make up for, or none.
     """
-    layouts = newline_layouts(grid)
-    counts = {name: count_tokens(grid, span) for name, span in layouts.items()}
-    found = next((name for name, count in counts.items() if videos * count == placeholders), None)
-    of_grid = f"{videos} videos of {grid[0]} frames of {grid[1]} x {grid[2]} tokens"
+    counts = {
+        (grid, name): videos * count_tokens(grid, span)
+        for grid in grids
+        for name, span in newline_layouts(grid).items()
+    }
+    found = next((layout for layout, count in counts.items() if count == placeholders), None)
+    of_frames = f"{placeholders} video placeholders for {videos} videos of {grids[0][0]} frames"
     if found is None:
-        expected = ", ".join(f"{videos * count} ({name})" for name, count in counts.items())
-        raise ValueError(
-            f"input_ids hold {placeholders} video placeholders for {of_grid}; expected, by where newline tokens stand, "
-            + expected
+        expected = "; ".join(
+            f"of {grid[1]} x {grid[2]} tokens, "
+            + ", ".join(f"{counts[grid, name]} ({name})" for name in newline_layouts(grid))
+            for grid in dict.fromkeys(grids)
         )
+        raise ValueError(f"input_ids hold {of_frames}; expected, by where newline tokens stand: {expected}")
+    grid, name = found
+    layouts = newline_layouts(grid)
     if configured is not None and configured not in layouts:
         raise ValueError(f"config.mm_newline_position must be one of {', '.join(layouts)}, got {configured!r}")
-    if configured is not None and layouts[configured] != layouts[found]:
+    if configured is not None and layouts[configured] != layouts[name]:
         raise ValueError(
-            f"config.mm_newline_position is {configured!r}, but {placeholders} video placeholders for {of_grid} are "
-            f"the layout {found!r} ({configured!r} would be {videos * counts[configured]}); see qts_video.newlines"
+            f"config.mm_newline_position is {configured!r}, but {of_frames} of {grid[1]} x {grid[2]} tokens are the "
+            f"layout {name!r} ({configured!r} would be {counts[grid, configured]}); see qts_video.newlines"
         )
-    return layouts[found]
+    return grid, layouts[name]

@@ -16,10 +16,10 @@ class LlavaNextVideo(Llava):
     model_type = "llava_next_video"
     class_name = "LlavaNextVideoForConditionalGeneration"
 
-    def frame_grid(self, model: nn.Module) -> tuple[int, int]:
+    def frame_grids(self, model: nn.Module) -> tuple[tuple[int, int], ...]:
         vision = model.config.vision_config
         side = vision.image_size // vision.patch_size // model.config.spatial_pool_stride
-        return side, side
+        return ((side, side),)
 
     def chat_markers(self, model: nn.Module, tokenizer: Any | None) -> ChatMarkers | None:
         if tokenizer is None:

@@ -19,17 +19,20 @@ _OFFICIAL_MARKERS = ChatMarkers(
 
 class LlavaOnevision(Llava):
     """Adapter of LLaVA-OneVision, which converted LLaVA-Video checkpoints use: a Qwen2 decoder, ChatML turns, frames
-    pooled two by two. transformers' class puts one newline behind every video (layout "one_token");
-    ``qts_video.newlines`` makes it write those that LLaVA-Video was trained with.
+    pooled by 2 in either direction. transformers' class puts one newline behind every video (layout "one_token");
+    ``qts_video.newlines`` makes it write those that LLaVA-Video was trained with, and frames as they were before the
+    pooling.
     """
 
     model_type = "llava_onevision"
     class_name = "LlavaOnevisionForConditionalGeneration"
 
-    def frame_grid(self, model: nn.Module) -> tuple[int, int]:
+    def frame_grids(self, model: nn.Module) -> tuple[tuple[int, int], ...]:
+        """Pooled, and unpooled (only under ``qts_video.newlines``)."""
         vision = model.config.vision_config
-        side = math.ceil(vision.image_size // vision.patch_size / 2)
-        return side, side
+        side = vision.image_size // vision.patch_size
+        pooled = math.ceil(side / 2)
+        return (pooled, pooled), (side, side)
 
     def chat_markers(self, model: nn.Module, tokenizer: Any | None) -> ChatMarkers | None:
         if tokenizer is not None:

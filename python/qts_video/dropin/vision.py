@@ -68,8 +68,10 @@ class VideoEncoder:
         attention = getattr(getattr(tower, "config", None), "_attn_implementation", None)
         device = weights[0].device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        newlines = getattr(self.__wrapped__, "position", None)  # of qts_video.newlines
-        key = content_key(arguments, weights, (tower.training, attention, autocast, newlines))
+        # A layout of qts_video.newlines, inside this object or around it, decides what the model gives.
+        outer = getattr(self.adapter.parts(self.model).base, self.adapter.video_encoder)
+        layouts = [getattr(encoder, "key", None) for encoder in (outer, self.__wrapped__)]
+        key = content_key(arguments, weights, (tower.training, attention, autocast, layouts))
         found = cache.get(key, vision=self.on_features is not None)
         if found is not None:
             return found.output, found.vision

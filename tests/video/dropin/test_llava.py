@@ -7,6 +7,7 @@ import pytest
 import qts_video
 import torch
 from qts_video.adapters import ADAPTERS
+from qts_video.adapters._llava import count_tokens, newline_layouts
 from qts_video.methods import Random, Uniform
 from qts_video.methods.base import resolve_budget
 from tiny import VERSION, VIDEO, Keep, Oracle, Video, every, keep_mask, prompt, rows, user
@@ -43,10 +44,44 @@ def test_the_layout_is_found_by_the_number_of_placeholders(position, patches, fr
     assert layout.newlines == [count - frames * side * side] * 3
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize(("patches", "frames"), [(2, 1), (3, 1), (3, 4), (5, 2), (27, 64)])
+def test_unpooled_frames_are_told_from_pooled_ones(position, patches, frames):
+    grid = (frames, patches, patches)
+    count = len(walk(grid, position))
+    layout = locate_in(*stub(patches=patches), [2 * count, count], 3, frames)
+    assert layout.grids == [grid] * 3
+    assert layout.newline_spans == [span_of(grid, position)] * 3
+    with pytest.raises(ValueError, match=r"sample 0 has .* placeholders, but its videos' grids"):
+        locate_in(*stub(patches=patches), [count + 1, 2 * count - 1], 3, frames)
+
+
+def test_no_number_of_placeholders_is_that_of_both_grids():
+    adapter, _ = stub()
+    for patches in range(2, 40):
+        pooled, unpooled = adapter.frame_grids(stub(patches=patches)[1])
+        assert (pooled, unpooled) == (((patches + 1) // 2,) * 2, (patches,) * 2)
+        for frames in range(1, 70):
+            counts = [
+                {count_tokens((frames, *size), span) for span in newline_layouts((frames, *size)).values()}
+                for size in (pooled, unpooled)
+            ]
+            assert not counts[0] & counts[1]
+
+
+def test_another_unpooled_layout_than_the_configured_one_raises():
+    adapter, model = stub(mm_newline_position="grid")
+    expected = r"'grid', but 52 .* of 2 frames of 5 x 5 tokens are the layout 'frame' \('grid' would be 60\)"
+    with pytest.raises(ValueError, match=expected):
+        locate_in(adapter, model, [52], 1, 2)
+
+
 def test_the_published_grids():
     """LLaVA-Video-7B: 27 x 27 patches make 14 x 14 tokens, with newlines 210 a frame."""
     layout = locate_in(*stub(patches=27), [8 * 210], 1, 8)
     assert (layout.grids, layout.newlines) == ([(8, 14, 14)], [8 * 14])
+    layout = locate_in(*stub(patches=27), [8 * 27 * 28], 1, 8)
+    assert (layout.grids, layout.newlines) == ([(8, 27, 27)], [8 * 27])
     layout = locate_in(*stub("llava_next_video", patches=24), [32 * 144], 1, 32)
     assert (layout.grids, layout.newlines) == ([(32, 12, 12)], [0])
 
@@ -75,10 +110,14 @@ def test_equal_layouts_do_not_contradict_one_another():
 def test_what_fits_no_layout_raises():
     adapter, model = stub()
     expected = (
-        r"14 video placeholders for 1 videos of 2 frames of 3 x 3 .* 24 \(grid\), 20 \(frame\), 19 \(one_token\), 18"
+        r"14 video placeholders for 1 videos of 2 frames; expected, by where newline tokens stand: of 3 x 3 tokens, "
+        r"24 \(grid\), 20 \(frame\), 19 \(one_token\), 18 \(no_token\); of 5 x 5 tokens, "
+        r"60 \(grid\), 52 \(frame\), 51 \(one_token\), 50 \(no_token\)$"
     )
     with pytest.raises(ValueError, match=expected):
         locate_in(adapter, model, [14], 1, 2)
+    with pytest.raises(ValueError, match=r"50 video placeholders .*: of 2 x 2 tokens, 12 \(grid\), [^;]*$"):
+        locate_in(*stub("llava_next_video"), [50], 1, 2)  # which nobody makes write its grid before pooling
     with pytest.raises(ValueError, match="sample 0 has 21 video placeholders"):
         locate_in(adapter, model, [21, 17], 2, 2)  # 2 * 19 in all
     with pytest.raises(ValueError, match=r"\[V, F, C, H, W\], got \[2, 3, 1, 1\]"):

@@ -18,8 +18,9 @@ def built():
 
 @pytest.fixture
 def onevision(built):
-    assert "get_video_features" not in built.model.__dict__
+    assert not {"get_video_features", "apply_pooling"} & set(built.model.__dict__)
     yield built
+    assert "apply_pooling" not in built.model.__dict__
     left = "get_video_features" in built.model.__dict__
     built.model.__dict__.pop("get_video_features", None)
     assert not left, "a test left a newline layout in the model"
@@ -68,6 +69,51 @@ def test_the_model_sees_its_newlines_where_they_belong(onevision, position, way)
     assert torch.equal(ours[batch["input_ids"] == VIDEO], torch.stack(wanted))
 
 
+UNPOOLED = {"grid": (25, 5, 0), "frame": (25, 1, 0), "one_token": (25, 0, 1)}
+
+
+def unpooled(position, *samples, **options):
+    return llava_inputs(*samples, tokens=UNPOOLED[position], patches=5, **options)
+
+
+@pytest.mark.parametrize("way", ["forward", "generate"])
+@pytest.mark.parametrize("position", ["grid", "frame", "one_token"])
+def test_unpooled_the_model_sees_what_its_projector_gave(onevision, position, way):
+    seen = []
+    hook = onevision.model.multi_modal_projector.register_forward_hook(
+        lambda module, args, output: seen.append(output.detach())
+    )
+    batch = unpooled(position, *TWO)
+    with newline_layout(onevision, position, pooled=False):
+        run = {
+            "forward": lambda: onevision(**batch),
+            "generate": lambda: onevision.generate(**batch, max_new_tokens=1, do_sample=False),
+        }[way]
+        ours = decoder_embeddings(onevision, run)
+    hook.remove()
+    frames, newline = seen[-1].view(3, 3, 5, 5, -1), onevision.model.image_newline.detach()
+    wanted = [
+        newline if isinstance(what, frozenset) else video[what]
+        for video in frames
+        for what in walk((3, 5, 5), position)
+    ]
+    assert torch.equal(ours[batch["input_ids"] == VIDEO], torch.stack(wanted))
+
+
+def test_an_error_leaves_the_pooling_in_place(onevision):
+    options = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    pixels = given("grid", *TWO)["pixel_values_videos"]
+    pool = onevision.model.apply_pooling
+    onevision.model.apply_pooling = mine = lambda features: pool(features)
+    with newline_layout(onevision, "grid", pooled=False):
+        with pytest.raises((ValueError, RuntimeError)):
+            onevision.model.get_video_features(pixels[:, :, :1], **options)
+        assert onevision.model.apply_pooling is mine
+        onevision.model.get_video_features(pixels, **options)
+        assert onevision.model.apply_pooling is mine
+    del onevision.model.apply_pooling
+
+
 def test_leaving_the_block_leaves_nothing(onevision):
     plain, batch = given("one_token", *TWO), given("grid", *TWO)
     with torch.no_grad():
@@ -83,6 +129,11 @@ def test_leaving_the_block_leaves_nothing(onevision):
         assert torch.equal(onevision(**plain).logits, logits)
         with pytest.raises((ValueError, RuntimeError), match="do not match"):
             onevision(**batch)
+        with newline_layout(onevision, "grid", pooled=False):
+            assert onevision(**unpooled("grid", *TWO)).logits.shape[1] > batch["input_ids"].shape[1]
+            with pytest.raises((ValueError, RuntimeError), match="do not match"):
+                onevision(**batch)
+        assert torch.equal(onevision(**plain).logits, logits)
 
 
 @pytest.mark.parametrize("attached_first", [True, False])
@@ -109,10 +160,11 @@ def test_layouts_and_selectors_go_in_and_out_in_any_order(onevision, attached_fi
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
-def test_a_deep_copy_has_a_layout_of_its_own(onevision):
-    batch = given("grid", *TWO)
+@pytest.mark.parametrize("pooled", [True, False])
+def test_a_deep_copy_has_a_layout_of_its_own(onevision, pooled):
+    batch = (given if pooled else unpooled)("grid", *TWO)
     with torch.no_grad():
-        with newline_layout(onevision, "grid"):
+        with newline_layout(onevision, "grid", pooled):
             logits = onevision(**batch).logits
             copied = copy.deepcopy(onevision)
         onevision.model.image_newline.mul_(2)
@@ -133,6 +185,8 @@ def test_gradients_reach_the_newline(onevision):
 def test_wrong_layouts_raise(onevision):
     with pytest.raises(ValueError, match="always writes a newline behind a video"):
         newline_layout(onevision, "no_token")
+    with pytest.raises(ValueError, match="always writes a newline behind a video"):
+        newline_layout(onevision, "no_token", pooled=False)
     with pytest.raises(ValueError, match="one of grid, frame, one_token, got 'row'"):
         newline_layout(onevision, "row")
     with pytest.raises(TypeError, match="expected a LlavaOnevisionForConditionalGeneration, got LlavaOnevisionModel"):
@@ -156,14 +210,15 @@ def test_a_tuple_of_features_is_refused(onevision):
         onevision.model.get_video_features(pixels, return_dict=False)
 
 
+@pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("position", ["grid", "frame", "one_token"])
-def test_prepare_writes_the_placeholders(onevision, position, side):
+def test_prepare_writes_the_placeholders(onevision, position, side, pooled):
     turns = (*TWO, prompt(user([30])), prompt(user(Video(3), [34]), assistant(50), user([36] * 99)))
-    plain, wanted = given("one_token", *turns, side=side), given(position, *turns, side=side)
+    plain, wanted = given("one_token", *turns, side=side), (given if pooled else unpooled)(position, *turns, side=side)
     plain["mm_token_type_ids"] = (plain["input_ids"] == VIDEO).long()
     plain["labels"] = plain["input_ids"].masked_fill(plain["attention_mask"] == 0, -100)
-    with newline_layout(onevision, position) as layout:
+    with newline_layout(onevision, position, pooled) as layout:
         prepared = layout.prepare(plain)
     assert set(prepared) == set(plain)
     for name, value in wanted.items():
@@ -195,3 +250,24 @@ def test_a_cache_of_encoded_videos(onevision, attached_first):
         logits.append(onevision(**batch).logits)
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
+
+
+@pytest.mark.parametrize("attached_first", [True, False])
+def test_a_cache_tells_pooled_videos_from_unpooled_ones(onevision, attached_first):
+    cache, counts = qts_video.VideoCache(), []
+    layouts = [("grid", True), ("grid", False), ("one_token", False), ("grid", True), ("grid", False)]
+    for position, pooled in layouts:
+        batch = (given if pooled else unpooled)(position, *TWO)
+        enter = [
+            lambda layout=(position, pooled): newline_layout(onevision, *layout),
+            lambda: qts_video.attach(onevision, Keep(every(7)), cache=cache),
+        ]
+        inner, outer = [make() for make in (reversed(enter) if attached_first else enter)]
+        with torch.no_grad():
+            onevision(**batch)
+        handle = inner if attached_first else outer
+        counts.append(handle.last.total)
+        outer.remove()
+        inner.remove()
+    assert counts == [3 * 36, 3 * 90, 3 * 76, 3 * 36, 3 * 90]
+    assert (cache.hits, cache.misses) == (2, 3)
