@@ -1,6 +1,7 @@
 """Frames from a folder of images, and from qwen-vl-utils."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ def read_folder(
     max_frames: int,
     limits: Limits,
     frame_rate: float | None = None,
+    within_step: Callable[[int], np.ndarray] | None = None,
 ) -> Video:
     """See ``video.read_video``. All images are brought to the size of the first."""
     paths = sorted((p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES), key=_natural)
@@ -25,7 +27,7 @@ def read_folder(
         raise VideoError(f"{folder}: no images in this folder ({' '.join(sorted(IMAGE_SUFFIXES))})")
     rate = frame_rate or fps
     times = np.arange(len(paths)) / rate
-    samples = sample(times, fps, min_frames, max_frames)
+    samples = sample(times, fps, min_frames, max_frames, within_step)
 
     first = _open(paths[0])
     height, width = limits.fit(first.height, first.width, len(samples.indices))

@@ -1,6 +1,6 @@
 """Video files through PyAV: one pass over the packets for the times, one decoding pass for the samples."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import av
@@ -26,12 +26,20 @@ class _Index:
     stamps, and the times are frame numbers over the stated frame rate."""
 
 
-def read_file(path: str, fps: float, min_frames: int, max_frames: int, limits: Limits, progress: bool = False) -> Video:
+def read_file(
+    path: str,
+    fps: float,
+    min_frames: int,
+    max_frames: int,
+    limits: Limits,
+    progress: bool = False,
+    within_step: Callable[[int], np.ndarray] | None = None,
+) -> Video:
     """See ``video.read_video``."""
     try:
         with _open(path) as container:
             index = _scan(container, _video_stream(container, path), path)
-        samples = sample(index.times, fps, min_frames, max_frames)
+        samples = sample(index.times, fps, min_frames, max_frames, within_step)
         with _open(path) as container:
             stream = _video_stream(container, path)
             picture = _Picture(limits, len(samples.indices), stream)

@@ -1,6 +1,7 @@
 """Read a video, a folder of frames or a URL into sampled RGB frames, each with its time in seconds."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def read_video(
     max_pixels: int | None = None,
     total_pixels: int | None = None,
     frame_rate: float | None = None,
+    within_step: Callable[[int], np.ndarray] | None = None,
     reader: str = "auto",
     progress: bool = False,
 ) -> Video:
@@ -76,6 +78,9 @@ def read_video(
         max_pixels: larger frames are shrunk to this many pixels while decoding, aspect ratio kept.
         total_pixels: the same bound on all sampled frames together.
         frame_rate: frames a second at which a folder's images were taken. None: ``fps``, all images are used.
+        within_step: None looks at the start of every step, and at both ends where ``min_frames`` or ``max_frames``
+            decide. Else the same number n of samples is taken from n equal stretches of the video, and this function of
+            n says where in them: [n] in [0, 1).
         reader: "pyav" samples by time stamps and holds nothing but the sampled frames in memory;
             "qwen-vl-utils" goes through ``process_vision_info`` (frame numbers, its own resizing), to
             reproduce results obtained with it; "auto" is PyAV, or qwen-vl-utils where PyAV is not installed.
@@ -93,8 +98,10 @@ def read_video(
     if not remote and Path(source).is_dir():
         from . import _frames
 
-        return _frames.read_folder(Path(source), fps, min_frames, max_frames, limits, frame_rate)
+        return _frames.read_folder(Path(source), fps, min_frames, max_frames, limits, frame_rate, within_step)
     if reader == "qwen-vl-utils" or (reader == "auto" and not _has_pyav()):
+        if within_step is not None:
+            raise ValueError("within_step needs the reader pyav: qwen-vl-utils chooses its frames itself")
         from . import _frames
 
         return _frames.read_with_qwen_vl_utils(str(source), fps, min_frames, max_frames, limits)
@@ -102,7 +109,7 @@ def read_video(
         raise VideoError(f"{source}: reading videos needs PyAV: pip install av")
     from . import _pyav
 
-    return _pyav.read_file(str(source), fps, min_frames, max_frames, limits, progress)
+    return _pyav.read_file(str(source), fps, min_frames, max_frames, limits, progress, within_step)
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class Samples:
     indices: np.ndarray
     """int64, into the frames in presentation order; non-decreasing."""
     targets: np.ndarray
-    """float64, the evenly spaced moments at which the screen is looked at, in seconds."""
+    """float64, the moments at which the screen is looked at, in seconds, ascending."""
     fps: float
 
     def first(self, n: int) -> "Samples":
@@ -141,11 +148,18 @@ class Samples:
         return Samples(self.indices[:n], self.targets[:n], self.fps)
 
 
-def sample(times: np.ndarray, fps: float, min_frames: int, max_frames: int) -> Samples:
+def sample(
+    times: np.ndarray,
+    fps: float,
+    min_frames: int,
+    max_frames: int,
+    within_step: Callable[[int], np.ndarray] | None = None,
+) -> Samples:
     """Look at the screen every 1/fps seconds: sample k is the frame that is shown at k/fps.
 
     Args:
         times: [N] seconds from the first frame, ascending, N >= 1.
+        within_step: see ``read_video``.
 
     The step is never shorter than the video's usual distance between frames: a video with a low constant
     frame rate gives no frame twice, while a still stretch of a video with a variable rate does. A frame
@@ -157,12 +171,16 @@ def sample(times: np.ndarray, fps: float, min_frames: int, max_frames: int) -> S
     step = max(1.0 / fps, gap)
     n = math.floor((last + gap / 2) / step) + 1
     bounded = min(max(n, min(min_frames, count)), max_frames)
-    if bounded != n:
+    if within_step is not None:
+        step = (last + gap) / bounded
+        targets = np.minimum((np.arange(bounded) + within_step(bounded)) * step, last)
+    elif bounded != n:
         targets = np.linspace(0.0, last, bounded)
         step = last / (bounded - 1) if bounded > 1 else step
     else:
         targets = np.arange(n) * step
-    indices = np.searchsorted(times, targets + gap / 2, side="right") - 1
+    slack = gap / 2 if within_step is None else 0.0  # a moment that is drawn is no time stamp
+    indices = np.searchsorted(times, targets + slack, side="right") - 1
     return Samples(indices=indices, targets=targets, fps=1.0 / step if step > 0 else fps)
 
 
