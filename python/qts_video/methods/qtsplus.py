@@ -132,8 +132,10 @@ class QTSplus(nn.Module):
         """Write ``config.json`` and ``model.safetensors`` (the budget overrides are not part of a selector)."""
         self.selector.save_pretrained(folder)
 
-    def select(self, videos: Videos) -> Selection:
+    def select(self, videos: Videos, *, noise: bool = True, seed: int | torch.Tensor | None = None) -> Selection:
         """See ``Selector.select``. The tokens are re-encoded; scores, rho and entropy are there.
+
+        ``noise`` and ``seed``, in training mode: see ``qts_kernels.nn.QTSplus.forward``, a segment a video.
 
         Raises:
             ValueError: no question, or parameters of another width or device than the tokens'.
@@ -153,6 +155,8 @@ class QTSplus(nn.Module):
             timestamps=videos.timestamps,
             cu_seqlens=videos.cu_seqlens,
             cu_seqlens_question=videos.cu_seqlens_question,
+            noise=noise,
+            seed=seed,
             **self._budget(videos),
         )
         selection.tokens = selection.tokens.to(tokens.dtype)
