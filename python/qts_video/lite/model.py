@@ -147,6 +147,45 @@ class LiteSelector(nn.Module):
 
         return Scorer(self.decoder, self.config.layers - 1, make_inputs, self.image_columns(context.layout, images))
 
+    def forward(
+        self,
+        videos: Videos,
+        *,
+        frames_per_set: int = 64,
+        reduce: str = "max",
+        query: str = "prompt",
+        set_batch_size: int | None = 1,
+    ) -> torch.Tensor:
+        """What ``FlexSelect`` scores the tokens of ``videos`` with, for training: [sum M] float32 (float64 from a
+        float64 selector). Differentiable in every parameter.
+
+        Args:
+            videos: as for ``scorer``.
+            frames_per_set, reduce, query, set_batch_size: of ``FlexSelect``.
+
+        Raises:
+            TypeError, ValueError: as ``scorer``; a video without text behind it, or not the question.
+        """
+        from qts_video.flexselect.relevance import query_columns, score_sets
+        from qts_video.flexselect.sets import split_frames
+
+        scorer, layout = self.scorer(videos), videos.context.layout
+        sets = split_frames(layout, frames_per_set, scorer.left_out)
+        text = query_columns(videos.context, query)
+        tokens = sum(videos.lengths)
+        return score_sets(
+            scorer, [scorer.layer], sets, text, tokens, self.device, reduce=reduce, batch_size=set_batch_size
+        )[scorer.layer]
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Compute the layers that run once more in the backward pass, in place of keeping what they held; in training
+        mode. The arguments are transformers'."""
+        self.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.decoder.layers[-1].gradient_checkpointing = False  # its forward pass is left in the middle
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.decoder.gradient_checkpointing_disable()
+
     def check_fits(self, model: nn.Module) -> None:
         """Raise unless this selector is for models like ``model``: TypeError where none fits such a model, ValueError
         for another family or another tokenizer's vocabulary."""
@@ -194,7 +233,7 @@ class LiteSelector(nn.Module):
                 f"the prompt has {len(rows)} vision placeholders, but the vision features {list(vision.shape)} make "
                 f"{len(tokens)} tokens"
             )
-        embeds = embeds.index_copy(0, rows.to(embeds.device), tokens)
+        embeds = embeds.index_copy(0, rows.to(embeds.device), tokens.to(embeds.dtype))  # autocast: of another
         if len(layout.newline_rows):
             newlines = self.image_newline.expand(len(layout.newline_rows), -1)
             embeds = embeds.index_copy(0, layout.newline_rows.to(embeds.device), newlines)

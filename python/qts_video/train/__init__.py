@@ -1,0 +1,1 @@
+"""Training of selectors, with the model that they select for frozen."""
