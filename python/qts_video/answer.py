@@ -9,6 +9,7 @@ from transformers import BatchFeature
 from transformers.video_utils import VideoMetadata
 
 from .adapters import find_adapter
+from .adapters.llava_onevision import LlavaOnevision
 from .attach import attach
 from .cache import VideoCache
 from .dropin.report import Report
@@ -93,6 +94,36 @@ def _times(processor: Any, video: Video) -> dict[str, Any]:
     return {}
 
 
+def runs_unpooled(model: Any, selector: Any) -> bool:
+    """Whether ``answer`` gives ``selector`` the frames' tokens before ``model``'s own pooling: it wants them (QuoTA),
+    and the model is one that can be made to write them (LLaVA-OneVision, and so LLaVA-Video)."""
+    return getattr(selector, "wants_unpooled", False) and model.config.model_type == LlavaOnevision.model_type
+
+
+def default_positions(model: Any, selector: Any, trained: Any = None) -> str:
+    """The positions of ``attach`` for ``selector`` where nobody says: "compact" for ``trained``, the selector of a
+    whole QTSplus checkpoint, which was trained so, and for unpooled frames, which have more places than a context;
+    else "original"."""
+    is_trained = selector is not None and selector is trained
+    return "compact" if is_trained or runs_unpooled(model, selector) else "original"
+
+
+def prompt_length(model: Any, inputs: Prompt, selector: Any) -> int:
+    """Tokens of the prompt, placeholders of the videos included, that ``answer`` gives to ``model``."""
+    with ExitStack() as stack:
+        return _lay_out(stack, model, inputs, selector)["input_ids"].shape[1]
+
+
+def _lay_out(stack: ExitStack, model: Any, inputs: Prompt, selector: Any) -> Prompt:
+    """``inputs`` with the newlines that a LLaVA-Video was trained with and the grids that ``selector`` wants, which
+    the model writes until ``stack`` is left: neither its class nor its processor knows of them."""
+    position, unpooled = getattr(model.config, "mm_newline_position", None), runs_unpooled(model, selector)
+    if not unpooled and position not in ("grid", "frame"):
+        return inputs
+    layout = stack.enter_context(newline_layout(model, position or "one_token", pooled=not unpooled))
+    return Prompt(layout.prepare(inputs))
+
+
 @torch.inference_mode()
 def answer(
     model: Any,
@@ -100,19 +131,16 @@ def answer(
     inputs: Prompt,
     selector: Any = None,
     *,
-    positions: str = "original",
+    positions: str | None = None,
     max_new_tokens: int = 128,
     cache: VideoCache | None = None,
 ) -> Answer:
-    """Greedy answer to ``prepare``'s inputs, measured. ``selector`` None runs the model as it is; ``cache`` keeps
-    encoded videos for further questions."""
+    """Greedy answer to ``prepare``'s inputs, measured. ``selector`` None runs the model as it is; ``positions`` None
+    are ``default_positions``; ``cache`` keeps encoded videos for further questions."""
     seconds = inputs.seconds_per_step
+    positions = default_positions(model, selector) if positions is None else positions
     with ExitStack() as stack:
-        position = getattr(model.config, "mm_newline_position", None)
-        if position in ("grid", "frame"):  # a converted LLaVA-Video: neither its class nor its processor knows
-            layout = stack.enter_context(newline_layout(model, position))
-            inputs = Prompt(layout.prepare(inputs))
-        inputs = inputs.to(model.device)
+        inputs = _lay_out(stack, model, inputs, selector).to(model.device)
         # Pixels alone in the model's dtype: a time that is rounded is another time.
         pixels = {name: value.to(model.dtype) for name, value in inputs.items() if name.startswith("pixel_values")}
         prompt = inputs["input_ids"].shape[1]

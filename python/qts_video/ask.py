@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .answer import Answer, answer, prepare, seen_frames
+from .answer import Answer, answer, default_positions, prepare, prompt_length, seen_frames
 from .cache import VideoCache
 from .demo import mebibytes
 from .loading import CommandError, check_methods, choose, load, read, show_frames
@@ -24,14 +24,14 @@ def run(arguments: argparse.Namespace) -> int:
         model, processor, trained = load(arguments)
         selector = choose(arguments, arguments.method, model, processor, trained)
         if arguments.positions is None:
-            arguments.positions = "compact" if selector is not None and selector is trained else "original"
+            arguments.positions = default_positions(model, selector, trained)
     several = len(arguments.questions) > 1
     cache = VideoCache() if several else None
     for number, question in enumerate(arguments.questions):
         with contextlib.redirect_stdout(sys.stderr):
             prompt = prepare(processor, video, question)
-            if number == 0:
-                _warn_of_length(model, prompt["input_ids"].shape[1])
+            if number == 0 and arguments.positions == "original":
+                _warn_of_length(model, prompt_length(model, prompt, selector))
             show_frames(selector, model, processor, video, question)
             result = answer(
                 model,
@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
                 max_new_tokens=arguments.max_new_tokens,
                 cache=cache,
             )
+            if number == 0 and arguments.positions == "compact":  # what is dropped takes no positions
+                _warn_of_length(model, result.prompt_tokens - result.tokens + result.kept)
             if arguments.save_overlay:
                 _draw(arguments, question, result, video, seen_frames(processor, video.frames))
         if arguments.json:

@@ -46,6 +46,7 @@ class Selector(Protocol):
 
     One that sets ``needs_vision = True`` finds what went into the projector in ``videos.context.vision``. One that sets
     ``needs_grids = True`` is never given videos that lost tokens. A ``Chain`` takes either as its first method alone.
+    Where one sets ``wants_unpooled = True``, ``qts ask`` gives it the frames' tokens before a model's own pooling.
     """
 
     name: str

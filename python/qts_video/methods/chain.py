@@ -65,6 +65,11 @@ class Chain:
         """Whether the first method needs them."""
         return getattr(self.methods[0], "needs_grids", False)
 
+    @property
+    def wants_unpooled(self) -> bool:
+        """Whether the first method wants them so."""
+        return getattr(self.methods[0], "wants_unpooled", False)
+
     def select(self, videos: Videos) -> Selection:
         """See ``Selector.select``. Waits for what each method but the last kept, as the prompt of the next hangs on it.
 

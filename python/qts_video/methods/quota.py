@@ -45,6 +45,9 @@ class QuoTA:
             "merge" rows are not known beforehand: one newline is counted for every token, up to the rows of the frame.
         retention_ratio: share of each sample's tokens to keep, in (0, 1].
 
+    The release resizes LLaVA's frames from the grid before the model's own pooling, but merges behind that: see
+    ``wants_unpooled`` and ``qts_video.newlines``.
+
     Raises:
         TypeError: ``scorer`` is none of these.
         ValueError: a bound that is out of its range, an unknown ``mode``, or a negative ``power``.
@@ -85,6 +88,11 @@ class QuoTA:
     def needs_vision(self) -> bool:
         """Whether the scorer needs ``videos.context.vision``."""
         return getattr(self.scorer, "needs_vision", False)
+
+    @property
+    def wants_unpooled(self) -> bool:
+        """Whether frames are to come as they were before a model's own pooling, where a prompt can hold them so."""
+        return self.mode != "merge"
 
     def select(self, videos: Videos) -> Selection:
         """See ``Selector.select``. Waits for the scores once, as the sizes of all that follows hang on them.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from qts_video.answer import answer, prepare, seen_frames
+from qts_video.answer import answer, default_positions, prepare, seen_frames
 from qts_video.cache import VideoCache
 from qts_video.dropin.report import VideoReport
 from qts_video.loading import CommandError, check_methods, choose, given, is_embedded, load, read, show_frames
@@ -76,7 +76,7 @@ def _timeline(arguments: argparse.Namespace) -> tuple[Page, list[str]]:
         inputs = prepare(processor, video, question)
         for method, selector in selectors.items():
             show_frames(selector, model, processor, video, question)
-            positions = arguments.positions or ("compact" if selector is trained else "original")
+            positions = arguments.positions or default_positions(model, selector, trained)
             result = answer(model, processor, inputs, selector, positions=positions, max_new_tokens=1, cache=cache)
             name = f"{method}, “{question}”" if len(arguments.questions) > 1 else method
             rows.append(timeline(name, result.report.videos[0]))
