@@ -13,7 +13,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from qts_video.lite import LiteSelector
 from qts_video.methods.base import Videos, resolve_budget
-from qts_video.train.lite_scores import LiteCollator, ScoreFolder
+from qts_video.train.lite_scores import LiteCollator
 from qts_video.train.ranking import TEMPERATURE, l1_loss, rank_loss, recall, spearman
 from qts_video.train.teacher import Teacher
 from qts_video.weights import SINGLE
@@ -75,8 +75,8 @@ class LiteTrainer(Trainer):
 
     Raises:
         TypeError: arguments of another kind, or no Lite selector fits the model.
-        ValueError: the student is of another family or vocabulary than the model, or in another dtype; or scores on
-            disk are of another teacher.
+        ValueError: the student is of another family or vocabulary than the model, or in another dtype; scores on disk
+            are of another teacher; or several GPUs are given to one process.
     """
 
     def __init__(
@@ -97,6 +97,11 @@ class LiteTrainer(Trainer):
             raise ValueError(
                 f"the student must be trained in float32, got {student.dtype}, in which steps of the learning rate are "
                 "rounded away: student.float(), and bf16=True to compute in bfloat16"
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"one process can't train on {args.n_gpu} GPUs: start one a GPU (torchrun --nproc-per-node "
+                f"{args.n_gpu}), or show it one alone (CUDA_VISIBLE_DEVICES=0)"
             )
         if isinstance(data_collator, LiteCollator):
             processor = getattr(data_collator.collator, "processor", None)
@@ -191,11 +196,6 @@ class _Trained(nn.Module):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.student.load_state_dict(*args, **kwargs)
-
-
-def scores_on_disk(collator: Any, folder: str | Path) -> LiteCollator:
-    """``collator`` with the scores of a folder that ``dump_scores`` wrote."""
-    return LiteCollator(collator, ScoreFolder(folder))
 
 
 def _logarithm(scores: torch.Tensor) -> torch.Tensor:

@@ -164,7 +164,7 @@ def sample_key(sample: Sample) -> str:
 def _open_folder(folder: Path, settings: dict[str, Any]) -> ScoreFolder:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / SETTINGS).is_file():
-        if any(folder.iterdir()):
+        if any(not path.name.startswith(".") for path in folder.iterdir()):  # another process may be writing them
             raise ValueError(f"{folder} is not empty, and no folder of scores: it has no {SETTINGS}")
         _write(folder / SETTINGS, json.dumps({"format": _FORMAT, **settings}, indent=2).encode())
     scores = ScoreFolder(folder)

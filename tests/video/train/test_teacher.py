@@ -106,8 +106,8 @@ def test_the_model_is_frozen_and_checked():
     assert not any(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="every sample must have a video, and of 2 these have none: \\[1\\]"):
         teacher.prefill(FAMILIES["qwen2_5_vl"].inputs(*two_samples()))
+    family = FAMILIES["qwen2_5_vl"]
     with pytest.raises(ValueError, match="and of 2 these have none: \\[0, 1\\]"):
-        family = FAMILIES["qwen2_5_vl"]
         teacher.prefill(family.inputs(*family.prompts["images"]))
     with pytest.raises(ValueError, match="no reference layer is known"):
         Teacher(model)
@@ -199,9 +199,9 @@ def test_other_settings_are_refused(built, collator, samples, dumped):
 
 def test_other_folders_are_refused(built, collator, samples, dumped, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty, and no folder of scores: it has no settings.json"):
+    with pytest.raises(ValueError, match=r"is not empty, and no folder of scores: it has no settings\.json"):
         dump_scores(built[0], collator, samples, tmp_path, layer=1)
-    with pytest.raises(FileNotFoundError, match="no settings.json; make a folder of scores with dump_scores"):
+    with pytest.raises(FileNotFoundError, match=r"no settings\.json; make a folder of scores with dump_scores"):
         ScoreFolder(tmp_path)
 
 
