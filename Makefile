@@ -12,7 +12,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -nam
 # Tests that load a model in two processes at once run out of neither cores nor memory on the smallest machine.
 JOBS ?= 2
 
-.PHONY: demo test test-dropin lint bench gpu wheel doctor clean
+.PHONY: demo test test-dropin lint bench gpu wheel wheel-matrix doctor clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/native  ## answer a question about a video, with and without selection
@@ -38,9 +38,19 @@ bench: $(VENV)/native  ## time every op against eager PyTorch and its peers, ans
 gpu:  ## on a GPU machine: build, test, sanitize, benchmark, in one call
 	bash benchmarks/gpu.sh
 
-wheel: $(VENV)/python  ## one abi3 wheel in dist/
-	rm -rf build dist/*.whl
-	$(BIN)/python -m build --wheel --no-isolation
+# Built from the sdist, in an environment of its own; torch and the CUDA runtime come with the torch it is used with.
+# (`python -m build` would take the folder build/ for the module.)
+wheel: $(VENV)/python  ## the sdist and one abi3 manylinux wheel in dist/
+	rm -rf build dist && mkdir -p build
+	echo torch==$(TORCH) > build/constraints.txt
+	PIP_CONSTRAINT=$(CURDIR)/build/constraints.txt $(BIN)/pyproject-build --outdir build/plain
+	PATH=$(BIN):$$PATH $(BIN)/auditwheel repair --strip --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' --wheel-dir dist build/plain/*.whl
+	cp build/plain/*.tar.gz dist/
+
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
+TORCHES ?= 2.10.0 2.11.0 2.13.0
+wheel-matrix:  ## test the wheel in dist/ in a clean environment for each of PYTHONS and TORCHES
+	tests/packaging/matrix.sh dist/*.whl "$(PYTHONS)" "$(TORCHES)"
 
 doctor: $(VENV)/native  ## versions, devices, and what serves each op
 	$(BIN)/qts doctor

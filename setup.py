@@ -63,7 +63,7 @@ def extensions() -> list:
         print("qts_kernels: building without CUDA code", file=sys.stderr)
         return found
     cpp_extension.CUDA_HOME = home
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0;12.0")
     found.append(
         cpp_extension.CUDAExtension(
             "qts_kernels._C_cuda",
