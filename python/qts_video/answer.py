@@ -13,6 +13,7 @@ from .adapters.llava_onevision import LlavaOnevision
 from .attach import attach
 from .cache import VideoCache
 from .dropin.report import Report
+from .dropin.time_list import write_time_sentence
 from .measure import Measurement, measure
 from .methods import Uniform
 from .newlines import newline_layout
@@ -62,12 +63,17 @@ class Prompt(BatchFeature):
     """Between two steps of the video's temporal grid, for ``Handle.seconds_per_step``. None: the inputs say it."""
 
 
-def prepare(processor: Any, video: Video, question: str) -> Prompt:
+def prepare(processor: Any, video: Video, question: str, model: Any = None) -> Prompt:
     """The model's inputs for ``question`` about ``video``, on the CPU. Every frame is used.
+
+    Where ``model`` is a converted LLaVA-Video (by ``config.mm_newline_position``), the sentence with the frames' times
+    that it was trained with stands before the question.
 
     Raises:
         VideoError: frames of a shape that the processor refuses.
     """
+    if model is not None and _newlines_of(model) in ("grid", "frame"):
+        question = f"{write_time_sentence(video.duration, video.seconds)}\n{question}"
     content = [{"type": "video"}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -94,6 +100,11 @@ def _times(processor: Any, video: Video) -> dict[str, Any]:
     return {}
 
 
+def _newlines_of(model: Any) -> str | None:
+    """Where a LLaVA-Video was trained with newlines; transformers' LLaVA-OneVision takes no notice of it."""
+    return getattr(model.config, "mm_newline_position", None)
+
+
 def runs_unpooled(model: Any, selector: Any) -> bool:
     """Whether ``answer`` gives ``selector`` the frames' tokens before ``model``'s own pooling: it wants them (QuoTA),
     and the model is one that can be made to write them (LLaVA-OneVision, and so LLaVA-Video)."""
@@ -111,13 +122,13 @@ def default_positions(model: Any, selector: Any, trained: Any = None) -> str:
 def prompt_length(model: Any, inputs: Prompt, selector: Any) -> int:
     """Tokens of the prompt, placeholders of the videos included, that ``answer`` gives to ``model``."""
     with ExitStack() as stack:
-        return _lay_out(stack, model, inputs, selector)["input_ids"].shape[1]
+        return lay_out(stack, model, inputs, selector)["input_ids"].shape[1]
 
 
-def _lay_out(stack: ExitStack, model: Any, inputs: Prompt, selector: Any) -> Prompt:
+def lay_out(stack: ExitStack, model: Any, inputs: Prompt, selector: Any) -> Prompt:
     """``inputs`` with the newlines that a LLaVA-Video was trained with and the grids that ``selector`` wants, which
     the model writes until ``stack`` is left: neither its class nor its processor knows of them."""
-    position, unpooled = getattr(model.config, "mm_newline_position", None), runs_unpooled(model, selector)
+    position, unpooled = _newlines_of(model), runs_unpooled(model, selector)
     if not unpooled and position not in ("grid", "frame"):
         return inputs
     layout = stack.enter_context(newline_layout(model, position or "one_token", pooled=not unpooled))
@@ -140,7 +151,7 @@ def answer(
     seconds = inputs.seconds_per_step
     positions = default_positions(model, selector) if positions is None else positions
     with ExitStack() as stack:
-        inputs = _lay_out(stack, model, inputs, selector).to(model.device)
+        inputs = lay_out(stack, model, inputs, selector).to(model.device)
         # Pixels alone in the model's dtype: a time that is rounded is another time.
         pixels = {name: value.to(model.dtype) for name, value in inputs.items() if name.startswith("pixel_values")}
         prompt = inputs["input_ids"].shape[1]
@@ -148,7 +159,7 @@ def answer(
         handle = None
         if selector is not None or cache is not None:
             attached = Uniform() if selector is None else selector  # without bounds it keeps everything, bit for bit
-            handle = attach(model, attached, tokenizer=processor.tokenizer, positions=positions, cache=cache)
+            handle = attach(model, attached, tokenizer=processor, positions=positions, cache=cache)
             stack.enter_context(handle).seconds_per_step(seconds)
         with measure(model) as took:
             output = model.generate(**{**inputs, **pixels}, max_new_tokens=max_new_tokens, do_sample=False)

@@ -29,10 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     cache = VideoCache() if several else None
     for number, question in enumerate(arguments.questions):
         with contextlib.redirect_stdout(sys.stderr):
-            prompt = prepare(processor, video, question)
+            prompt = prepare(processor, video, question, model)
             if number == 0 and arguments.positions == "original":
                 _warn_of_length(model, prompt_length(model, prompt, selector))
-            show_frames(selector, model, processor, video, question)
+            show_frames(selector, video)
             result = answer(
                 model,
                 processor,
@@ -119,6 +119,7 @@ def as_json(arguments: argparse.Namespace, question: str, result: Answer, video:
         "generated_tokens": result.generated_tokens,
         "timings": result.timings,
         "peak_memory_bytes": result.measurement.peak_bytes,
+        "notes": [] if result.report is None else list(result.report.notes),
         "grid": None if result.report is None else list(result.report.videos[0].grid),
         "frames": {"seconds": video.seconds, "sampled_fps": video.sampled_fps, "notes": video.notes},
         "kept_tokens": kept,
@@ -140,6 +141,8 @@ def _summary(arguments: argparse.Namespace, result: Answer, video: Video | None)
         f"time    {', '.join(times.values())}",
         f"memory  {mebibytes(result.measurement.peak_bytes)} on top of the model",
     ]
+    if result.report is not None:
+        lines += [f"note    {note}" for note in result.report.notes]
     if arguments.save_overlay:
         lines.append(f"picture {arguments.save_overlay}")
     return "\n".join(lines)

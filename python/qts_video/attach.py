@@ -73,5 +73,7 @@ def attach(
         if not isinstance(cache, VideoCache):
             raise TypeError(f"cache must be a VideoCache, got {type(cache).__name__}")
         cache.bind(model)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+    check_tokenizer = getattr(selector, "check_tokenizer", None)
+    if check_tokenizer is not None:
+        check_tokenizer(tokenizer)
     return Handle(Attachment(model, selector, adapter, tokenizer, compact=positions == "compact", cache=cache))

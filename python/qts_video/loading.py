@@ -14,7 +14,6 @@ from .adapters import find_adapter
 from .checkpoints import load_model
 from .dropin.versions import check_version
 from .quota import frame_scorer
-from .quota.decouple import decouple
 from .quota.sampler import read_sampled
 from .video import Video, read_video
 
@@ -179,14 +178,12 @@ def _quota(arguments: argparse.Namespace, budget: dict[str, Any], model: Any, pr
     return methods.QuoTA(scorer, **options)
 
 
-def show_frames(selector: Any, model: Any, processor: Any, video: Video, question: str) -> None:
-    """Give a selector that scores frames by their pictures those of ``video``, and the objects of ``question``, which
-    are said on stderr. Nothing to do for any other. Before every prompt."""
+def show_frames(selector: Any, video: Video) -> None:
+    """Give a selector that scores frames by their pictures those of ``video``, before every prompt. Any other is left
+    alone."""
     scorer = getattr(selector, "scorer", None)
     if isinstance(scorer, frame_scorer.FrameScorer):
-        (decoupled,) = decouple(model, processor, [question])
-        print(decoupled, file=sys.stderr)
-        scorer.bind([video.frames], decoupled)
+        scorer.bind([video.frames])
 
 
 def _published(find: Callable[[Any, Any], int], model: Any, decoder: Any, option: str) -> int:

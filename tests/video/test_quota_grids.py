@@ -248,13 +248,39 @@ def test_group_places_leave_out_what_went_nowhere():
     assert group_places(rows, 3, 2).tolist() == [2, 1, 8]  # the middle of (0, 0), (1, 0), (1, 1); of four: the first
 
 
-def test_merging_counts_a_newline_for_every_row_that_it_may_touch():
-    videos = make_videos([(3, 3, 4)], [0], "row")
-    selection = QuoTA([1.0, 2.0, 0.0], total_tokens=20, mode="merge").select(videos)
-    kept = selection.indices.tolist()
-    assert len(kept) + sum(newlines_of(kept, videos)) <= 20
-    n = selection.extras[1].prod(1).tolist()
-    assert sum(of + min(of, 3) for of in n) + int(selection.extras[2][0]) == 20
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.sampled_from(["bilinear", "adaptive_avg", "linspace", "merge", "merge_separable"]))
+def test_no_token_of_the_budget_is_lost_from_sight(case, mode):
+    """What is kept, newlines included where they count, and what is unused are the budget of every sample."""
+    grids, sample, scores, kind, budget, count_newlines = case
+    videos = make_videos(grids, sample, kind)
+    selection = QuoTA(scores, total_tokens=budget, mode=mode, include_newlines=count_newlines).select(videos)
+    newlines = newlines_of(selection.indices.tolist(), videos)
+    noted = [note for note in selection.notes if note.startswith("no frame can use")]
+    for s in sorted(set(sample)):
+        members = [v for v, of in enumerate(sample) if of == s]
+        kept = sum(int(selection.n[v]) for v in members)
+        whole = sum(videos.lengths[v] for v in members)
+        least = 1
+        if count_newlines:
+            kept += sum(newlines[v] for v in members)
+            spans = [videos.newline_spans[v] for v in members]
+            whole += sum(videos.lengths[v] // span for v, span in zip(members, spans, strict=True) if span)
+            videos_own = [0 < span == videos.lengths[v] for v, span in zip(members, spans, strict=True)]
+            least += sum(videos_own) + all(span > 0 and not own for span, own in zip(spans, videos_own, strict=True))
+        assert kept + int(selection.extras[2][s]) == min(max(budget, least), whole)
+    assert len(noted) == int((selection.extras[2] > 0).sum())
+
+
+def test_merging_leaves_room_for_rows_that_it_does_not_touch():
+    videos = make_videos([(1, 3, 4)], [0], "row")
+    videos.tokens[:] = torch.eye(12, WIDTH, dtype=torch.float64)
+    videos.tokens[:8] = videos.tokens[0]
+    selection = QuoTA([1.0], total_tokens=6, mode="merge").select(videos)
+    assert selection.extras[1].tolist() == [[1, 3]]
+    assert selection.indices.tolist() == [5, 7, 11]  # in two of three rows
+    assert selection.extras[2].tolist() == [1]
+    assert selection.notes == ("no frame can use 1 of the 6 tokens of the budget",)
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "merge"])

@@ -10,13 +10,12 @@ from torch import nn
 
 from qts_video.adapters import Adapter
 from qts_video.cache import VideoCache
-from qts_video.dropin.checks import check_selection
 from qts_video.dropin.decode import check_continuation, translate_decoder_inputs
 from qts_video.dropin.dropped import forget_if_reset, recall, remember
 from qts_video.dropin.generation import Generation, arguments_by_name, check_generate, read_generation
-from qts_video.dropin.layout import Layout, to_host
+from qts_video.dropin.layout import to_host
 from qts_video.dropin.prefill import Call, Prefill, add_question, find_seconds, pack_videos, shorten_decoder_inputs
-from qts_video.dropin.question import find_question, occurrences
+from qts_video.dropin.questions import Questions
 from qts_video.dropin.report import Report
 from qts_video.dropin.shorten import kept_columns
 from qts_video.dropin.stopwatch import Stopwatch
@@ -43,16 +42,16 @@ class Attachment:
         model: nn.Module,
         selector: Selector,
         adapter: Adapter,
-        tokenizer: Any | None,
+        processor: Any | None,
         compact: bool,
         cache: VideoCache | None = None,
     ) -> None:
-        self.model, self.selector, self.adapter, self.tokenizer = model, selector, adapter, tokenizer
+        self.model, self.selector, self.adapter, self.processor = model, selector, adapter, processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
         self.compact = compact
         self.parts = adapter.parts(model)
         self.generator = model if self.parts.generator is None else self.parts.generator
-        self.markers = adapter.chat_markers(model, tokenizer)
-        self.given_question: list[torch.Tensor] | None = None
+        self.questions = Questions(model, adapter, self.tokenizer, selector.name)
         self.given_seconds: list[float] | None = None
         self.report: Report | None = None
         self.prefills = 0
@@ -282,7 +281,7 @@ class Attachment:
         self._stopwatch.start("selection", embeds.device)
         videos = pack_videos(call, embeds)
         if self.selector.needs_question:
-            add_question(videos, self._questions(call), self.generator.get_input_embeddings())
+            add_question(videos, self.questions.of_videos(layout), self.generator.get_input_embeddings())
         videos.context = Prefill(
             model=self.model,
             adapter=self.adapter,
@@ -291,9 +290,11 @@ class Attachment:
             inputs_embeds=embeds,
             position_ids=None if positions is None else positions[..., ::copies, :],
             attention_mask=None if mask is None else mask[::copies],
-            find_question=lambda video: self._find_question(layout, layout.sample[video]),
+            find_question=lambda video: self.questions.locate(layout, layout.sample[video]),
             decoder_inputs=inputs,
             copies=copies,
+            tokenizer=self.processor,
+            drops_empty_steps=getattr(self.selector, "drops_empty_steps", False),
             vision=self._vision(call) if self.needs_vision else None,
         )
         self._selecting = True
@@ -301,7 +302,7 @@ class Attachment:
             selection = self.selector.select(videos)
         finally:
             self._selecting = False
-        kept = check_selection(selection, videos, layout, self.selector.name)
+        kept = videos.context.check(selection, videos, self.selector.name)
         tokens = None if selection.tokens is None else selection.tokens[: len(kept.indices)]
         columns = kept_columns(layout, kept)
         past = recall(inputs.get("past_key_values"))
@@ -324,6 +325,7 @@ class Attachment:
             timestamps=videos.timestamps,
             seconds_from=call.seconds_from,
             columns=columns.source,
+            notes=(*selection.notes, *kept.notes),
             stopwatch=self._stopwatch,
         )
         self._stopwatch.start("prefill", embeds.device)
@@ -345,48 +347,6 @@ class Attachment:
                 "call: give their pixels"
             )
         return self.adapter.vision_in_order(self.model, features, call.layout, call.copies)
-
-    def _questions(self, call: Call) -> list[torch.Tensor]:
-        """The question of each video: token ids [L] on the CPU."""
-        layout = call.layout
-        if self.given_question is not None:
-            return [self._given(layout, sample) for sample in layout.sample]
-        of_sample = {
-            sample: layout.input_ids[sample][self._question_columns(layout, sample)] for sample in set(layout.sample)
-        }
-        return [of_sample[sample] for sample in layout.sample]
-
-    def _given(self, layout: Layout, sample: int) -> torch.Tensor:
-        given = self.given_question
-        if len(given) not in (1, layout.batch):
-            raise ValueError(f"{len(given)} questions were given for a batch of {layout.batch}")
-        return given[sample if len(given) > 1 else 0]
-
-    def _find_question(self, layout: Layout, sample: int) -> torch.Tensor:
-        """Where the question of a sample is in its prompt, found or given: columns [Lq] int64 on the CPU."""
-        if self.given_question is None:
-            return self._question_columns(layout, sample)
-        question, columns = self._given(layout, sample), layout.valid[sample].nonzero().squeeze(1)
-        found = occurrences(layout.input_ids[sample][columns], question.tolist())
-        if len(found) == 0:
-            raise ValueError(
-                f"the question given with handle.question(...) is not in the prompt of sample {sample}, token for "
-                "token, so nothing can be read of its attention: leave it out, and the last user turn's text is taken"
-            )
-        return columns[int(found[-1]) :][: len(question)]
-
-    def _question_columns(self, layout: Layout, sample: int) -> torch.Tensor:
-        """Where the last user turn's text is in the prompt of a sample: columns [Lq] int64 on the CPU."""
-        if self.markers is None:
-            raise ValueError(
-                f"{self.selector.name} needs the question, and the model's vocabulary is not the official one: give "
-                "attach(..., tokenizer=...), or the question with handle.question(...)"
-            )
-        columns = layout.valid[sample].nonzero().squeeze(1)
-        vision = self.adapter.vision_token_ids(self.model, self.tokenizer)
-        # Labels of time steps are text in the user's turn, but not of the question.
-        ids = layout.input_ids[sample].masked_fill(layout.in_steps(sample), vision[0])
-        return columns[find_question(ids[columns], self.markers, vision)]
 
     def _after_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         call = self._call

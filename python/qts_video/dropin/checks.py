@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 
 from qts_kernels import Selection
+from qts_video.dropin.empty_steps import step_of_tokens
 from qts_video.dropin.layout import Layout
 from qts_video.dropin.newlines import kept_newlines
 from qts_video.methods.base import Videos
@@ -23,11 +24,17 @@ class Kept:
     """[sum newlines] bool: which newline tokens stay."""
     newline_counts: list[int]
     """How many of them are of each video."""
+    steps: list[bool] | None = None
+    """Of each time step of each video, whether it keeps a token; None where nobody asked."""
+    lost: torch.Tensor | None = None
+    """[B, L] bool on the CPU: columns that go besides tokens and newlines. None: no column does."""
+    notes: tuple[str, ...] = ()
+    """What there is to say about them."""
 
 
-def check_selection(selection: Selection, videos: Videos, layout: Layout, name: str) -> Kept:
+def check_selection(selection: Selection, videos: Videos, layout: Layout, name: str, ask_steps: bool = False) -> Kept:
     """What is kept of each video, its counts read from the device in the one synchronisation of a prefill's
-    selection.
+    selection; where ``ask_steps``, also which time steps keep a token.
 
     Rows of ``selection.indices`` behind ``cu_seqlens[-1]`` must be -1.
 
@@ -53,7 +60,9 @@ def check_selection(selection: Selection, videos: Videos, layout: Layout, name: 
 
     newlines, newline_counts = kept_newlines(layout, indices, videos.cu_seqlens)
     facts = _facts(indices, cu_seqlens, videos)
-    read = torch.cat([newline_counts, cu_seqlens.long(), facts]).tolist()
+    steps = _kept_steps(layout, indices) if ask_steps else newline_counts[:0]
+    read = torch.cat([steps, newline_counts, cu_seqlens.long(), facts]).tolist()
+    steps, read = [kept > 0 for kept in read[: len(steps)]], read[len(steps) :]
     newline_counts, (*offsets, in_video, ascending, cut) = read[:number], read[number:]
     counts = [end - start for start, end in pairwise(offsets)]
     if offsets[0] != 0 or min(counts) < 0 or offsets[-1] > len(indices):
@@ -68,7 +77,16 @@ def check_selection(selection: Selection, videos: Videos, layout: Layout, name: 
         )
     if offsets[-1] == 0:
         raise ValueError(f"{name}: selected none of {len(tokens)} video tokens")
-    return Kept(indices[: offsets[-1]], counts, newlines, newline_counts)
+    return Kept(indices[: offsets[-1]], counts, newlines, newline_counts, steps if ask_steps else None)
+
+
+def _kept_steps(layout: Layout, indices: torch.Tensor) -> torch.Tensor:
+    """[sum T] int64 on the device: 1 where a time step keeps a token."""
+    of_token = step_of_tokens(layout).to(indices.device)
+    kept = torch.zeros(sum(map(len, layout.frame_spans)) + 1, dtype=torch.int64, device=indices.device)
+    used = (indices >= 0) & (indices < len(of_token))  # what is out of range is refused below
+    step = of_token.index_select(0, indices.clamp(0, len(of_token) - 1)).where(used, len(kept) - 1)
+    return kept.index_fill_(0, step, 1)[:-1]
 
 
 def _facts(indices: torch.Tensor, cu_seqlens: torch.Tensor, videos: Videos) -> torch.Tensor:

@@ -36,7 +36,7 @@ class Handle:
             TypeError: neither text nor integers.
         """
         tokenizer = self._attachment.tokenizer
-        self._attachment.given_question = None if question is None else read_question(question, tokenizer)
+        self._attachment.questions.given = None if question is None else read_question(question, tokenizer)
         return self
 
     def seconds_per_step(self, seconds: float | Sequence[float] | None) -> "Handle":

@@ -2,7 +2,7 @@
 prompt."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import nn
 
 from qts_kernels import Selection
 from qts_video.adapters.base import Adapter
-from qts_video.dropin.checks import check_selection
+from qts_video.dropin.checks import Kept, check_selection
 from qts_video.dropin.dropped import Dropped
+from qts_video.dropin.empty_steps import lost_columns
 from qts_video.dropin.layout import Layout
 from qts_video.dropin.shorten import Columns
 from qts_video.dropin.shortened import shorten_prefill
@@ -50,6 +51,10 @@ class Prefill:
     vision: torch.Tensor | None = None
     """What went into the projector (``adapter.vision_in_order``), for selectors with ``needs_vision = True``; else
     None."""
+    tokenizer: Any | None = None
+    """The tokenizer or processor that ``attach`` was given."""
+    drops_empty_steps: bool = False
+    """Whether the selector takes what the prompt says of a time step away with its last token."""
 
     @property
     def decoder(self) -> nn.Module:
@@ -79,9 +84,22 @@ class Prefill:
         Raises:
             TypeError, ValueError: it is no selection of these videos.
         """
-        kept = check_selection(selection, videos, self.layout, name)
+        kept = self.check(selection, videos, name)
         tokens = None if selection.tokens is None else selection.tokens[: len(kept.indices)]
         return shorten_prefill(self, kept, tokens), kept.counts
+
+    def check(self, selection: Selection, videos: Videos, name: str) -> Kept:
+        """What the method ``name`` keeps of ``videos``, and what else goes. Waits for the selection, once.
+
+        Raises:
+            TypeError, ValueError: it is no selection of these videos.
+        """
+        kept = check_selection(selection, videos, self.layout, name, ask_steps=self.drops_empty_steps)
+        if kept.steps is None or all(kept.steps):
+            return kept
+        tokenizer = getattr(self.tokenizer, "tokenizer", self.tokenizer)
+        lost, notes = lost_columns(self.layout, kept.steps, tokenizer)
+        return replace(kept, lost=lost, notes=tuple(notes))
 
 
 @dataclass

@@ -69,6 +69,7 @@ class Report:
         seconds_from: str,
         columns: torch.Tensor,
         stopwatch: Stopwatch,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self.selector = selector
         """The method's name."""
@@ -77,6 +78,8 @@ class Report:
         self.seconds_from = seconds_from
         """Who said when the steps of the temporal grid are. "given": ``Handle.seconds_per_step``; "prompt": the time
         labels in the prompt; "inputs": the call; "default": nobody, and the model's own assumption was taken."""
+        self.notes = notes
+        """What the method has to say about this selection, one sentence each."""
         self._layout, self._kept = layout, kept
         self._timestamps = timestamps.detach()
         self._scores = None if scores is None else scores.detach().reshape(-1)
@@ -157,4 +160,5 @@ class Report:
             f"{self.selector}: {self.kept} of {self.total} video tokens kept ({self.retention_ratio:.1%}), "
             f"{self.positions} positions; {times}"
         )
+        lines += self.notes
         return "\n".join(lines)

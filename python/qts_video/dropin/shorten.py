@@ -51,14 +51,16 @@ class Columns:
 
 
 def kept_columns(layout: Layout, kept: Kept) -> Columns:
-    """The columns that stay: all text and images, the selected video tokens and their newlines, padded to the
-    longest sample.
+    """The columns that stay: all text and images but what is lost with time steps, the selected video tokens and their
+    newlines, padded to the longest sample.
 
     Samples end together where they did before (left padding), else they start together.
     """
     batch, length, device = layout.batch, layout.columns, kept.indices.device
     keep = layout.valid.clone()
     keep.view(-1)[torch.cat([layout.rows, layout.newline_rows])] = False
+    if kept.lost is not None:
+        keep &= ~kept.lost
     total = keep.sum(1)
     total.index_add_(0, torch.tensor(layout.sample), torch.tensor(kept.counts) + torch.tensor(kept.newline_counts))
     longest = int(total.max())

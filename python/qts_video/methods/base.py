@@ -46,6 +46,10 @@ class Selector(Protocol):
 
     One that sets ``needs_vision = True`` finds what went into the projector in ``videos.context.vision``. One that sets
     ``needs_grids = True`` is never given videos that lost tokens. A ``Chain`` takes either as its first method alone.
+    Where one sets ``drops_empty_steps = True``, a time step that keeps no token takes all that the prompt says of it
+    away: the tags around it (Qwen3-VL, InternVL), and with a tokenizer its time in a list such as LLaVA-Video's.
+    ``check_tokenizer(tokenizer)``, where it has that, may refuse what ``attach`` was given: a tokenizer, a processor or
+    None.
     Where one sets ``wants_unpooled = True``, ``qts ask`` gives it the frames' tokens before a model's own pooling.
     """
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
@@ -66,6 +67,17 @@ class Chain:
         return getattr(self.methods[0], "needs_grids", False)
 
     @property
+    def drops_empty_steps(self) -> bool:
+        """Whether any of the methods does: then time steps are dropped behind each of them."""
+        return any(getattr(method, "drops_empty_steps", False) for method in self.methods)
+
+    def check_tokenizer(self, tokenizer: Any | None) -> None:
+        """Raise what any of the methods raises."""
+        for method in self.methods:
+            if hasattr(method, "check_tokenizer"):
+                method.check_tokenizer(tokenizer)
+
+    @property
     def wants_unpooled(self) -> bool:
         """Whether the first method wants them so."""
         return getattr(self.methods[0], "wants_unpooled", False)
@@ -74,7 +86,7 @@ class Chain:
         """See ``Selector.select``. Waits for what each method but the last kept, as the prompt of the next hangs on it.
 
         ``scores`` are those of the last method that has some, 0 for tokens that it was not given; ``rho`` and
-        ``entropy`` are the last method's; ``extras`` are those of all, in order.
+        ``entropy`` are the last method's; ``extras`` and ``notes`` are those of all, in order.
 
         Raises:
             TypeError, ValueError: of the methods, or because what one returned is no selection of what it was given.
@@ -126,4 +138,5 @@ def _compose(first: Selection, second: Selection, total: int) -> Selection:
         tokens=tokens,
         scores=scores,
         extras=(*first.extras, *second.extras),
+        notes=(*first.notes, *second.notes),
     )

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,12 @@ from qts_kernels import Selection
 from qts_video.methods.base import Videos, check_budget, resolve_budget
 from qts_video.methods.budget import newline_spans
 from qts_video.methods.uniform import packed_selection
+from qts_video.quota import decouple as decoupling
+from qts_video.quota.decouple import Decoupled
 from qts_video.quota.frame_scores import FrameRelevance, GivenScores, ScoresFrames
 from qts_video.quota.grids import climb, grid_cost, grid_ladder, grid_places, group_places, merged_cost
+from qts_video.quota.sampler import BASE_FRAMES, EXTRA_FRAMES_PER_HOUR, number_of_frames, read_sampled
+from qts_video.video import Video
 
 MODES = ("bilinear", "adaptive_avg", "linspace", "merge", "merge_separable")
 
@@ -30,19 +35,28 @@ class QuoTA:
 
     Token (i, j) of a grid (a, b) takes the place of token (floor((i + 1/2) h / a), floor((j + 1/2) w / b)) of the frame
     (h, w), so that rotary rows and columns stay spread over the frame, and its time is what it was. Where Qwen3-VL adds
-    features of its vision tower behind its first layers, they are those of these places, not resized.
+    features of its vision tower behind its first layers, they are those of these places, not resized. A time step that
+    keeps no token takes all that the prompt says of it away (``Selector.drops_empty_steps``).
 
     Args:
-        scorer: an object with ``score(videos)`` -> [sum T] float32, one score a time step, not negative; those scores
-            themselves; or "relevance", for ``FrameRelevance``, which needs no second model.
+        scorer: an object with ``score(videos)`` -> [sum T] float32, one score a time step, not negative
+            (``ScoresFrames``; ``FrameScorer`` is one); those scores themselves; or "relevance", for
+            ``FrameRelevance``, which needs no second model.
         total_tokens: most tokens to keep of each *sample*, whose videos share them. None: no such bound. Where it and
             ``retention_ratio`` hold everything, nothing is scored and nothing changes.
         mode: how a grid is made smaller: "bilinear", "adaptive_avg" or "linspace" of ``qts_kernels.resize_frames``;
             "merge", ``qts_kernels.merge_tokens`` to any number of tokens, each at the place of the middle one of those
             that it was merged from; or "merge_separable", ``qts_kernels.merge_rows_columns``.
         power: of the scores, at least 0.
+        base_frames, extra_frames_per_hour, max_frames: how many frames ``read`` takes of a film: see
+            ``quota.sampler.number_of_frames``.
+        decouple: where the scorer reads text (``FrameScorer``), have the attached model name the things that a frame
+            must show (``quota.decouple``), each question of a batch once, all in one go; what was bound as
+            ``Decoupled`` is taken as it is. ``attach`` must be given the processor. False scores by the question
+            itself. Without effect where the scorer reads no text.
         include_newlines: whether newlines that a model puts behind rows, frames or videos count as tokens. In the mode
-            "merge" rows are not known beforehand: one newline is counted for every token, up to the rows of the frame.
+            "merge" rows are not known beforehand: a frame gets room for one newline a token, up to its rows, and what
+            of that stays empty is reported as unused.
         retention_ratio: share of each sample's tokens to keep, in (0, 1].
 
     The release resizes LLaVA's frames from the grid before the model's own pooling, but merges behind that: see
@@ -50,11 +64,13 @@ class QuoTA:
 
     Raises:
         TypeError: ``scorer`` is none of these.
-        ValueError: a bound that is out of its range, an unknown ``mode``, or a negative ``power``.
+        ValueError: a bound or a number of frames that is out of its range, an unknown ``mode``, or a negative
+            ``power``.
     """
 
     name = "quota"
     needs_grids = True
+    drops_empty_steps = True
 
     def __init__(
         self,
@@ -62,6 +78,10 @@ class QuoTA:
         total_tokens: int | None = 12544,
         mode: str = "bilinear",
         power: float = 2,
+        base_frames: int = BASE_FRAMES,
+        extra_frames_per_hour: float = EXTRA_FRAMES_PER_HOUR,
+        max_frames: int | None = None,
+        decouple: bool = True,
         include_newlines: bool = True,
         retention_ratio: float | None = None,
     ) -> None:
@@ -72,17 +92,22 @@ class QuoTA:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if not 0 <= power < math.inf:
             raise ValueError(f"power must be finite and at least 0, got {power}")
+        number_of_frames(0, base_frames, extra_frames_per_hour, max_frames)
         self.scorer = _as_scorer(scorer)
         self.total_tokens = total_tokens
         self.mode = mode
         self.power = power
+        self.base_frames = base_frames
+        self.extra_frames_per_hour = extra_frames_per_hour
+        self.max_frames = max_frames
+        self.decouple = decouple
         self.include_newlines = include_newlines
         self.retention_ratio = retention_ratio
 
     @property
     def needs_question(self) -> bool:
-        """Whether the scorer needs ``videos.question``."""
-        return getattr(self.scorer, "needs_question", False)
+        """Whether the scorer needs ``videos.question``, or its text."""
+        return getattr(self.scorer, "needs_question", False) or (self._reads_text and self._bound is None)
 
     @property
     def needs_vision(self) -> bool:
@@ -94,16 +119,49 @@ class QuoTA:
         """Whether frames are to come as they were before a model's own pooling, where a prompt can hold them so."""
         return self.mode != "merge"
 
+    @property
+    def _reads_text(self) -> bool:
+        return getattr(self.scorer, "reads_text", False)
+
+    @property
+    def _bound(self) -> list[str | Decoupled] | None:
+        """Questions that the scorer was given ahead, one a video."""
+        return getattr(self.scorer, "questions", None)
+
+    def check_tokenizer(self, tokenizer: Any | None) -> None:
+        """Raise ValueError where questions are to be decoupled, and the model can't be asked by ``tokenizer``."""
+        if self._reads_text and self.decouple and getattr(tokenizer, "chat_template", None) is None:
+            got = "none" if tokenizer is None else f"{type(tokenizer).__name__}, which has no chat template"
+            raise ValueError(
+                "QuoTA asks the model what a frame must show, in its chat template: give attach(..., "
+                f"tokenizer=processor), or score frames by the question itself with decouple=False (got {got})"
+            )
+
+    def read(self, source: str | Path, **options: Any) -> Video:
+        """A film as ``base_frames``, and ``extra_frames_per_hour`` for each hour that it lasts, at most ``max_frames``.
+
+        Args:
+            source: see ``qts_video.video.read_video``.
+            options: its other arguments, without ``min_frames`` and ``max_frames``.
+
+        Raises:
+            VideoError, ValueError: see ``read_video``.
+        """
+        numbers = {"base_frames": self.base_frames, "extra_frames_per_hour": self.extra_frames_per_hour}
+        return read_sampled(source, **numbers, max_frames=self.max_frames, **options)
+
     def select(self, videos: Videos) -> Selection:
-        """See ``Selector.select``. Waits for the scores once, as the sizes of all that follows hang on them.
+        """See ``Selector.select``. Waits for the scores once, as the sizes of all that follows hang on them; where rows
+        have newlines, the mode "merge" waits once more, for those that stay.
 
         ``scores`` [sum M] float32 are those of the tokens' time steps; None where everything was kept unscored.
         ``extras`` hold, on the CPU, each step's share of the budget [sum T] int64, its grid [sum T, 2] int64 (after
-        "merge" its tokens, in one row), and what no step could use, one number a sample, [S] int64.
+        "merge" its tokens, in one row), and what no step could use, one number a sample, [S] int64. ``notes`` say by
+        what text frames were scored, and what of the budget no step could use.
 
         Raises:
-            ValueError: the videos are no whole grids (tokens were taken out of them), or the scores are not one finite
-                number, not negative, a time step.
+            ValueError: the videos are no whole grids (tokens were taken out of them), the scores are not one finite
+                number, not negative, a time step, or the scorer reads text and there is none.
         """
         if any(length != math.prod(grid) for length, grid in zip(videos.lengths, videos.grids, strict=True)):
             raise ValueError("QuoTA resizes whole frames, and tokens were taken out of these: put it first in a Chain")
@@ -111,7 +169,7 @@ class QuoTA:
         budgets = self._budgets(frames)
         if all(budget == of.whole for budget, of in zip(budgets, frames, strict=True)):
             return _everything(videos, frames)
-        scores = self._scores(videos)
+        scores, notes = self._scores(videos)
         shares, sizes, unused = _assign(scores, self.power, frames, budgets)
         every = torch.cat([of.grids for of in frames])
         counts = [int(part.prod(1).sum()) for part in sizes.split([grid[0] for grid in videos.grids])]
@@ -119,10 +177,13 @@ class QuoTA:
             indices, tokens = torch.arange(sum(videos.lengths)), None
         else:
             indices, tokens = _compress(videos, sizes, self.mode)
+        if self.mode == "merge" and self.include_newlines:
+            unused = unused + _spare_newlines(videos, frames, sizes, indices)
         selection = packed_selection(indices, counts, videos.tokens.device)
         selection.tokens = tokens
         selection.scores = scores.float().repeat_interleave(every.prod(1)).to(videos.tokens.device)
         selection.extras = (shares, sizes, unused)
+        selection.notes = (*notes, *_unused_notes(videos, unused.tolist(), budgets, frames))
         return selection
 
     def _budgets(self, frames: "list[_Frames]") -> list[int]:
@@ -133,19 +194,58 @@ class QuoTA:
             budgets.append(max(budget, min(costs[1] for costs in of.costs)))
         return budgets
 
-    def _scores(self, videos: Videos) -> torch.Tensor:
-        """[sum T] float64 on the CPU."""
-        scores, steps = self.scorer.score(videos), sum(grid[0] for grid in videos.grids)
+    def _scores(self, videos: Videos) -> tuple[torch.Tensor, list[str]]:
+        """[sum T] float64 on the CPU, and what they were made by, in words."""
+        questions, notes = None, []
+        if self._reads_text:
+            if hasattr(self.scorer, "check"):
+                self.scorer.check(videos)
+            questions = self._questions(videos)
+            notes = _question_notes(questions)
+        scores = self.scorer.score(videos) if questions is None else self.scorer.score(videos, questions)
+        steps = sum(grid[0] for grid in videos.grids)
         if not isinstance(scores, torch.Tensor) or tuple(scores.shape) != (steps,):
             got = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
             raise ValueError(f"scores must be a tensor of one number for each of {steps} time steps, got {got}")
         scores = scores.detach().cpu().double()
         if not bool((scores.isfinite() & (scores >= 0)).all()):
             raise ValueError(f"scores of time steps must be finite and not negative, got {scores.tolist()}")
-        return scores
+        return scores, notes
+
+    def _questions(self, videos: Videos) -> list[str | Decoupled]:
+        """What frames are scored by, one a video."""
+        context, questions = videos.context, self._bound
+        processor = getattr(context, "tokenizer", None)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        if questions is None and tokenizer is None:
+            raise ValueError(
+                "the frame scorer reads the question as text: give attach(..., tokenizer=processor), or "
+                "scorer.bind(frames, question)"
+            )
+        if questions is None:
+            ids = [of_video.tolist() for of_video in videos.question_ids]
+            questions = [tokenizer.decode(of_video, skip_special_tokens=True).strip() for of_video in ids]
+        if not self.decouple:
+            return questions
+        texts = list(dict.fromkeys(question for question in questions if isinstance(question, str)))
+        if not texts:
+            return questions
+        self.check_tokenizer(processor)
+        made = dict(zip(texts, decoupling.decouple(context.model, processor, texts), strict=True))
+        return [made[question] if isinstance(question, str) else question for question in questions]
 
     def __repr__(self) -> str:
-        options = ("total_tokens", "mode", "power", "include_newlines", "retention_ratio")
+        options = (
+            "total_tokens",
+            "mode",
+            "power",
+            "base_frames",
+            "extra_frames_per_hour",
+            "max_frames",
+            "decouple",
+            "include_newlines",
+            "retention_ratio",
+        )
         given = ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
         return f"QuoTA({type(self.scorer).__name__}, {given})"
 
@@ -261,6 +361,45 @@ def _compress_equal(frames: torch.Tensor, sizes: torch.Tensor, mode: str) -> tup
     else:
         tokens, _ = qts_kernels.resize_frames(frames, sizes, mode)
     return grid_places(sizes, torch.tensor([frames.shape[1:3]]).expand(len(sizes), -1)), tokens
+
+
+def _spare_newlines(videos: Videos, frames: list[_Frames], sizes: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """[S] int64 on the CPU: newlines of rows that merged tokens had room for, and touch too few rows to keep. Waits for
+    the places of the tokens where a video has such newlines, else for nothing."""
+    spare, kinds = [], map(_newline_kind, videos.grids, newline_spans(videos))
+    if "row" not in kinds:
+        return torch.zeros(len(frames), dtype=torch.int64)
+    indices, starts = indices.cpu(), [0, *accumulate(videos.lengths)]
+    of_step = sizes.prod(1).split([grid[0] for grid in videos.grids])
+    for video, (_, rows, columns) in enumerate(videos.grids):
+        spare.append(0)
+        if _newline_kind(videos.grids[video], newline_spans(videos)[video]) == "row":
+            inside = indices[(indices >= starts[video]) & (indices < starts[video + 1])]
+            touched = len(((inside - starts[video]) // columns).unique())
+            spare[-1] = int(of_step[video].clamp(max=rows).sum()) - touched
+    of_sample = dict.fromkeys(videos.sample, 0)
+    for sample, of_video in zip(videos.sample, spare, strict=True):
+        of_sample[sample] += of_video
+    return torch.tensor(list(of_sample.values()))
+
+
+def _question_notes(questions: list[str | Decoupled]) -> list[str]:
+    """What frames are scored by, a sentence for each that differs."""
+    said = [str(q) if isinstance(q, Decoupled) else "frames are scored by the question itself" for q in questions]
+    if len(set(said)) == 1:
+        return said[:1]
+    videos = {text: [str(video) for video, other in enumerate(said) if other == text] for text in said}
+    return [f"{text} (video {', '.join(of)})" for text, of in videos.items()]
+
+
+def _unused_notes(videos: Videos, unused: list[int], budgets: list[int], frames: list[_Frames]) -> list[str]:
+    """What no frame could use of the budget, a sentence for each sample that has some left."""
+    samples, notes = list(dict.fromkeys(videos.sample)), []
+    for sample, left, budget, of in zip(samples, unused, budgets, frames, strict=True):
+        if left:
+            of_sample = f" of sample {sample}" if len(samples) > 1 else ""
+            notes.append(f"no frame can use {left} of the {budget + of.paid} tokens of the budget{of_sample}")
+    return notes
 
 
 def _everything(videos: Videos, frames: list[_Frames]) -> Selection:

@@ -73,9 +73,9 @@ def _timeline(arguments: argparse.Namespace) -> tuple[Page, list[str]]:
     selectors = {method: choose(arguments, method, model, processor, trained) for method in arguments.method}
     rows, cache = [], VideoCache()
     for question in arguments.questions:
-        inputs = prepare(processor, video, question)
+        inputs = prepare(processor, video, question, model)
         for method, selector in selectors.items():
-            show_frames(selector, model, processor, video, question)
+            show_frames(selector, video)
             positions = arguments.positions or default_positions(model, selector, trained)
             result = answer(model, processor, inputs, selector, positions=positions, max_new_tokens=1, cache=cache)
             name = f"{method}, “{question}”" if len(arguments.questions) > 1 else method
@@ -179,7 +179,7 @@ def _relevance(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _look(model: Any, processor: Any, video: Video, question: str, probe: Probe) -> VideoReport:
     """Run ``probe`` on the prompt; the report of the video."""
-    inputs = prepare(processor, video, question)
+    inputs = prepare(processor, video, question, model)
     return answer(model, processor, inputs, probe, max_new_tokens=1).report.videos[0]
 
 

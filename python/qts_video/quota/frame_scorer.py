@@ -38,7 +38,8 @@ class FrameScorer:
     that the frame shows one of the question's objects, or, without objects, something that helps to answer it.
 
     Used by ``QuoTA(scorer)``, which asks for scores while the model reads its prompt, when the pictures are gone: give
-    them ahead with ``bind``. ``scores_for`` scores frames without any of that. The model may be the one that answers.
+    them ahead with ``bind``; the question is the prompt's. ``scores_for`` scores frames without any of that. The model
+    may be the one that answers.
 
     Args:
         model: any Hugging Face image-text model that generates, in eval mode. It decides device and dtype.
@@ -53,6 +54,8 @@ class FrameScorer:
         ValueError: a number out of range, a model in training mode, a processor without images or chat template, or
             one in whose vocabulary "A" and "B" are no single tokens.
     """
+
+    reads_text = True
 
     def __init__(
         self,
@@ -77,9 +80,9 @@ class FrameScorer:
         self.max_pixels = max_pixels
         self.cache = None if cache_dir is None else ScoreCache(cache_dir)
         self.yes_ids, self.no_ids = answer_ids(processor.tokenizer)
-        self.questions: list[Question] = []
-        """What the last ``score`` asked of each video: a ``Decoupled`` says whether it has objects."""
-        self._bound: tuple[list[Frames], list[Question]] | None = None
+        self.questions: list[Question] | None = None
+        """Those that were bound, of each video; None: the prompt's."""
+        self._frames: list[Frames] | None = None
 
     @classmethod
     def from_pretrained(
@@ -112,14 +115,15 @@ class FrameScorer:
         model = model if device is None else model.to(device)
         return cls(model.eval(), AutoProcessor.from_pretrained(name), **options)
 
-    def bind(self, frames: Sequence[Frames], questions: Question | Sequence[Question]) -> "FrameScorer":
-        """Say what the videos of the next prompt look like, and what is asked. Serves one ``score``: bind again for
-        every prompt, or another question would be answered with this one's scores.
+    def bind(self, frames: Sequence[Frames], questions: Question | Sequence[Question] | None = None) -> "FrameScorer":
+        """Say what the videos of the next prompt look like. Serves one ``score``: bind again for every prompt, or
+        another video would be cut by this one's scores.
 
         Args:
             frames: of each video of the prompt, in the order of the placeholders, the frames that its processor was
                 given: see ``scores_for``.
-            questions: text, or what ``decouple`` made of it: one for all videos, or one a video.
+            questions: to ask of the frames in place of the prompt's: text, or what ``decouple`` made of it; one for all
+                videos, or one a video.
 
         Raises:
             TypeError: ``frames`` is one tensor instead of one a video.
@@ -127,29 +131,29 @@ class FrameScorer:
         """
         if isinstance(frames, torch.Tensor):
             raise TypeError("frames must be a list with the frames of each video, got one tensor")
-        questions = [questions] * len(frames) if isinstance(questions, Question) else list(questions)
-        if len(questions) != len(frames):
-            raise ValueError(f"expected one question, or one for each of {len(frames)} videos, got {len(questions)}")
-        for question in questions:
-            frame_prompt(question)
+        if questions is not None:
+            questions = [questions] * len(frames) if isinstance(questions, Question) else list(questions)
+            if len(questions) != len(frames):
+                raise ValueError(
+                    f"expected one question, or one for each of {len(frames)} videos, got {len(questions)}"
+                )
+            for question in questions:
+                frame_prompt(question)
         for of_video in frames:
             _check_frames(of_video)
-        self._bound = list(frames), questions
+        self._frames, self.questions = list(frames), questions
         return self
 
-    def score(self, videos: Videos) -> torch.Tensor:
-        """[sum T] float32 on the CPU, in [0, 1]: of each time step of each video, the best score of its frames (a step
-        of Qwen's models is two frames; what is seen in one is in the step).
+    def check(self, videos: Videos) -> list[Frames]:
+        """The frames that were bound, of each of ``videos``.
 
         Raises:
-            RuntimeError: nothing was bound since the last call.
+            RuntimeError: nothing was bound since the last ``score``.
             ValueError: other videos were bound than these: their number, or their frames.
         """
-        if self._bound is None:
-            raise RuntimeError(
-                "the frame scorer has no pictures: call scorer.bind(frames, question) before every prompt"
-            )
-        frames, questions = self._bound
+        if self._frames is None:
+            raise RuntimeError("the frame scorer has no pictures: call scorer.bind(frames) before every prompt")
+        frames = self._frames
         if len(frames) != len(videos.grids):
             raise ValueError(f"the frames of {len(frames)} videos were bound, and the prompt has {len(videos.grids)}")
         for number, (of_video, (steps, _, _)) in enumerate(zip(frames, videos.grids, strict=True)):
@@ -158,13 +162,30 @@ class FrameScorer:
                     f"{len(of_video)} frames were bound for video {number}, which has {steps} time steps: bind the "
                     "frames that its processor was given"
                 )
+        return frames
+
+    def score(self, videos: Videos, questions: Sequence[Question] | None = None) -> torch.Tensor:
+        """[sum T] float32 on the CPU, in [0, 1]: of each time step of each video, the best score of its frames (a step
+        of Qwen's models is two frames; what is seen in one is in the step).
+
+        Args:
+            videos: of the prompt that was bound.
+            questions: one a video; None: those that were bound.
+
+        Raises:
+            RuntimeError, ValueError: see ``check``; or there is no question.
+        """
+        frames = self.check(videos)
+        questions = self.questions if questions is None else questions
+        if questions is None:
+            raise ValueError("the frame scorer has no question: give it to score() or to bind()")
         scores = []
         for of_video, question, (steps, _, _) in zip(frames, questions, videos.grids, strict=True):
             of_frame = self.scores_for(of_video, question)
             per_step = _frames_per_step(len(of_frame), steps)
             padded = nn.functional.pad(of_frame, (0, steps * per_step - len(of_frame)))
             scores.append(padded.view(steps, per_step).amax(1))
-        self._bound, self.questions = None, questions
+        self._frames = self.questions = None
         return torch.cat(scores)
 
     def scores_for(self, frames: Frames, question: Question) -> torch.Tensor:

@@ -12,7 +12,12 @@ from qts_video.methods.base import Videos
 @runtime_checkable
 class ScoresFrames(Protocol):
     """Scores the time steps of videos. One that sets ``needs_question`` or ``needs_vision`` finds them in ``videos``,
-    as a ``Selector`` does."""
+    as a ``Selector`` does.
+
+    One that sets ``reads_text = True`` is called ``score(videos, questions)``, with the question of each video as text
+    or ``Decoupled``: that of the prompt, or, where the scorer has a list ``questions`` that is not None, those. Its
+    ``check(videos)``, where it has that, raises what is wrong before any question is worked on.
+    """
 
     def score(self, videos: Videos) -> torch.Tensor:
         """[sum T] float32, one score a time step, video after video: not negative, and comparable within a sample."""

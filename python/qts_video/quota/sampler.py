@@ -6,9 +6,14 @@ from typing import Any
 
 from qts_video.video import Video, read_video
 
+BASE_FRAMES, EXTRA_FRAMES_PER_HOUR = 96, 64
+
 
 def number_of_frames(
-    seconds: float, base_frames: int = 96, extra_frames_per_hour: float = 64, max_frames: int | None = None
+    seconds: float,
+    base_frames: int = BASE_FRAMES,
+    extra_frames_per_hour: float = EXTRA_FRAMES_PER_HOUR,
+    max_frames: int | None = None,
 ) -> int:
     """T = base_frames + int(extra_frames_per_hour * seconds / 3600), at most ``max_frames`` (arXiv 2503.08689).
 
@@ -28,8 +33,8 @@ def number_of_frames(
 def read_sampled(
     source: str | Path,
     *,
-    base_frames: int = 96,
-    extra_frames_per_hour: float = 64,
+    base_frames: int = BASE_FRAMES,
+    extra_frames_per_hour: float = EXTRA_FRAMES_PER_HOUR,
     max_frames: int | None = None,
     **options: Any,
 ) -> Video:

@@ -30,6 +30,7 @@ class Watch:
     def __init__(self, method):
         self.method, self.calls = method, []
         self.name, self.needs_question = method.name, method.needs_question
+        self.drops_empty_steps = getattr(method, "drops_empty_steps", False)
 
     def select(self, videos):
         selection = self.method.select(videos)
@@ -178,7 +179,7 @@ def test_quota_then_flexselect(family, model, name):
         for i in indices
         if sum(videos.lengths[:v]) <= i < sum(videos.lengths[: v + 1])
     ]
-    keep = keep_mask(model, batch, indices)
+    keep = keep_mask(model, batch, indices, drop_steps=True)
     oracle = Oracle(model, batch, keep, replaced=tokens)
     columns = handle.last.columns
     for ours, theirs in zip(rows(logits, columns >= 0), rows(oracle.logits(), keep), strict=True):
@@ -217,7 +218,7 @@ def test_other_methods_behind_quota(family, model, last, side):
     (_, resized), (_, best) = first.calls[0], second.calls[0]
     kept = best.indices[: int(best.cu_seqlens[-1])]
     tokens = resized.tokens[kept] if best.tokens is None else best.tokens[: len(kept)]
-    keep = keep_mask(model, batch, resized.indices[kept])
+    keep = keep_mask(model, batch, resized.indices[kept], drop_steps=True)
     oracle = Oracle(model, batch, keep, replaced=tokens)
     for ours, theirs in zip(rows(logits, handle.last.columns >= 0), rows(oracle.logits(), keep), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)

@@ -45,6 +45,10 @@ class Tokenizer:
         longest_first = sorted(self.words, key=len, reverse=True)
         return [self.words[word] for word in re.findall("|".join(map(re.escape, longest_first)), text)]
 
+    def decode(self, ids):
+        names = {token: word for word, token in self.words.items()}
+        return "".join(names.get(token, f"<{token}>") for token in ids)
+
 
 class Processor:
     tokenizer = Tokenizer()

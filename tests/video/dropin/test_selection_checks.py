@@ -81,6 +81,15 @@ def test_the_good_one_passes_and_so_does_a_video_without_a_token(model):
             assert [video.kept for video in handle.last.videos] == [0, 1]
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_it_raises_the_same_where_steps_are_dropped(model, case):
+    indices, cu_seqlens, fields, error, message = CASES[case]
+    selector = Returns(indices.long() if indices.numel() == 0 else indices, cu_seqlens, **fields)
+    selector.drops_empty_steps = True
+    with qts_video.attach(model, selector), torch.no_grad(), pytest.raises(error, match=f"wrong: .*{message}"):
+        model(**BATCH)
+
+
 def test_something_else_than_a_selection_raises(model):
     selector = Keep(keep_all)
     selector.select = lambda videos: torch.arange(3)
@@ -88,8 +97,9 @@ def test_something_else_than_a_selection_raises(model):
         model(**BATCH)
 
 
-def test_counts_are_read_in_one_synchronisation(model, monkeypatch):
-    """All that the host learns of a selection, it learns in one transfer."""
+@pytest.mark.parametrize("drops", [False, True])
+def test_counts_are_read_in_one_synchronisation(model, monkeypatch, drops):
+    """All that the host learns of a selection, it learns in one transfer; which time steps keep a token, too."""
     reads = []
     for name in ("tolist", "item", "__bool__", "__int__", "cpu", "numpy", "__index__", "__float__", "nonzero"):
         original = getattr(torch.Tensor, name)
@@ -111,6 +121,7 @@ def test_counts_are_read_in_one_synchronisation(model, monkeypatch):
         return every(2)(videos)
 
     selector = Keep(choose)
+    selector.drops_empty_steps = drops
     select = selector.select
 
     def tracked(videos):

@@ -178,8 +178,9 @@ def placeholders(model: Any, batch: Batch) -> torch.Tensor:
     return found.view(ids.shape)
 
 
-def keep_mask(model: Any, batch: Batch, kept: torch.Tensor) -> torch.Tensor:
-    """[B, L] bool: text, images, and of the video tokens those whose number is in ``kept``, with their newlines."""
+def keep_mask(model: Any, batch: Batch, kept: torch.Tensor, drop_steps: bool = False) -> torch.Tensor:
+    """[B, L] bool: text, images, and of the video tokens those whose number is in ``kept``, with their newlines; where
+    ``drop_steps``, without the tags around time steps that keep none."""
     adapter = find_adapter(model)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     layout = adapter.locate(model, ids, mask.bool(), batch, None)
@@ -196,7 +197,25 @@ def keep_mask(model: Any, batch: Batch, kept: torch.Tensor) -> torch.Tensor:
             keep[layout.newline_rows[first_newline]] = bool(tokens & set(kept.tolist())) or span == length
             first_newline += 1
         first_token += length
-    return keep.view(ids.shape)
+    keep = keep.view(ids.shape)
+    return _without_empty_steps(layout, keep) if drop_steps else keep
+
+
+def _without_empty_steps(layout: Any, keep: torch.Tensor) -> torch.Tensor:
+    tokens, newlines = torch.zeros_like(keep), torch.zeros_like(keep)
+    tokens.view(-1)[layout.rows], newlines.view(-1)[layout.newline_rows] = True, True
+    for sample, spans in zip(layout.sample, layout.frame_spans, strict=True):
+        first_stays = None
+        for number, (start, stop) in enumerate(spans.tolist()):
+            stays = bool((keep & tokens)[sample, start:stop].any())
+            if not stays:
+                keep[sample, start:stop] &= newlines[sample, start:stop]
+            elif first_stays is None:
+                first_stays = number
+        if first_stays:  # InternVL: a line break stands between frames, as the first token of the later one
+            ids, start = layout.input_ids[sample], int(spans[first_stays, 0])
+            keep[sample, start] &= int(ids[start]) != NEWLINE or int(ids[spans[0, 0]]) == NEWLINE
+    return keep
 
 
 @dataclass
