@@ -100,11 +100,11 @@ def test_positions_that_are_said_are_kept(built, video):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A converted LLaVA-Video made for 200 tokens: more than the pooled prompt has, less than the unpooled one."""
+    """A converted LLaVA-Video made for 240 tokens: more than the pooled prompt has, less than the unpooled one."""
     folder = embedded.save(tmp_path_factory.mktemp("llava"), model_type="llava_onevision")
     config = json.loads((folder / "config.json").read_text())
     config["mm_newline_position"] = "grid"
-    config["text_config"]["max_position_embeddings"] = 200
+    config["text_config"]["max_position_embeddings"] = 240
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 
@@ -143,7 +143,7 @@ def test_ask_to_merge(ask):
 
 def test_the_length_that_is_warned_of_is_what_takes_positions(ask):
     text = ask("--method", "none")[0][0]["prompt_tokens"] - price("grid", POOLED)
-    whole = f"{text + price('grid', SIDE)} tokens and the model was made for 200"
+    whole = f"{text + price('grid', SIDE)} tokens and the model was made for 240"
     assert "was made for" not in ask("--method", "none")[1]
     assert "was made for" not in ask(*QUOTA, "--max-tokens", "60")[1]
     assert whole in ask(*QUOTA, "--max-tokens", "60", "--positions", "original")[1]
