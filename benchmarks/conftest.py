@@ -92,7 +92,11 @@ def rows(benchmarks) -> list[dict]:
     ours, and where it was measured the peak memory in MB and the limit that the FLOPs set to a speed-up."""
     found = [
         {
-            **{k: b.extra_info[k] for k in ("op", "shape", "who", "peak_mb", "flop_ratio") if k in b.extra_info},
+            **{
+                k: b.extra_info[k]
+                for k in ("op", "shape", "who", "peak_mb", "flop_ratio", "selection_share")
+                if k in b.extra_info
+            },
             "median_s": b.stats.median,
             "iqr_s": b.stats.iqr,
         }
@@ -149,6 +153,7 @@ def pytest_terminal_summary(terminalreporter, config):
         for r in sorted(group, key=lambda r: r["median_s"]):
             ratio = "" if r["ratio_to_ours"] is None else f"{r['ratio_to_ours']:8.2f}x"
             peak = "" if "peak_mb" not in r else f"   peak {r['peak_mb']} MB"
+            peak += "" if "selection_share" not in r else f"   selection {r['selection_share']:.2%} of the prefill"
             write(f"    {r['who']:34s} {r['median_s'] * 1e3:10.3f} ms  +- {r['iqr_s'] * 1e3:7.3f} {ratio:>9}{peak}")
     path = results_path()
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

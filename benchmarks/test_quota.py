@@ -127,3 +127,96 @@ def test_merge_tokens(timed, device, dtype, who):
         released = qts_kernels.merge_tokens(frames, device_counts, max_tokens=rows, compat=True)[0]
         torch.testing.assert_close(runs[who](), released, rtol=1e-4, atol=1e-4)
     timed("merge_tokens", f"{dtype} {some}x{SIDE * SIDE}x{COLUMNS}", who, runs[who], graph=False)
+
+
+# (layers, width, heads, key heads, feed-forward, frames, side of a frame's grid, budget)
+OVERHEAD = (28, 3584, 28, 4, 18944, 64, 14, 3136) if torch.cuda.is_available() else (8, 1024, 8, 2, 4096, 64, 14, 3136)
+PREFIX, TEXT = 14, 64
+
+
+def overhead_model(device):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    layers, width, heads, kv_heads, inner, *_ = OVERHEAD
+    half = width // heads // 2
+    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "vocab_size": 1024,
+            "max_position_embeddings": 131072,
+            "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": sections},
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_heads": 2,
+            "out_hidden_size": width,
+            "fullatt_block_indexes": [],
+        },
+        image_token_id=1000,
+        video_token_id=1001,
+        vision_start_token_id=1002,
+        vision_end_token_id=1003,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
+    try:
+        with torch.device(device):
+            return Qwen2_5_VLForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+@torch.inference_mode()
+def test_overhead(timed, device, benchmark):
+    """The method without its scorer: ``selection_share`` is the time of selection and shortening over that of the
+    prefill of what they keep, the median of seven; the time is that of the whole forward. To be below 1 %."""
+    import qts_video
+    from qts_video.methods import QuoTA
+
+    layers, *_, frames, side, budget = OVERHEAD
+    model, total = overhead_model(device), frames * side * side
+    ids = torch.tensor([[*range(1, PREFIX), 1002, *[1001] * total, 1003, *range(20, 19 + TEXT)]], device=device)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values_videos": torch.randn(4 * total, 3 * 2 * 14 * 14, device=device, dtype=model.dtype),
+        "video_grid_thw": torch.tensor([[frames, 2 * side, 2 * side]], device=device),
+        "second_per_grid_ts": torch.ones(1),
+        "mm_token_type_ids": (ids == 1001).long() * 2,
+    }
+    given = {}
+
+    class Watch(QuoTA):
+        def select(self, videos):
+            given["videos"], given["selection"] = videos, super().select(videos)
+            return given["selection"]
+
+    scores = torch.rand(frames, generator=torch.Generator().manual_seed(0))
+    with qts_video.attach(model, Watch(scores, total_tokens=budget)) as handle:
+        output = model(**inputs, logits_to_keep=1)
+        selection, videos = given["selection"], given["videos"]
+        sizes = selection.extras[1]
+        exact = loop(videos.tokens.view(frames, side, side, -1).double(), sizes, "bilinear")
+        tolerance = 2e-2 if device == "cuda" else 1e-5
+        torch.testing.assert_close(selection.tokens.double(), exact, rtol=tolerance, atol=tolerance)
+        assert handle.last.kept + int(selection.extras[2].sum()) == budget
+        assert output.past_key_values.get_seq_length() == PREFIX + TEXT + handle.last.kept
+    with qts_video.attach(model, QuoTA(scores, total_tokens=budget)) as handle:
+        run = lambda: model(**inputs, logits_to_keep=1)  # noqa: E731
+        shares = []
+        for _ in range(8):
+            run()
+            took = handle.last.timings
+            shares.append(took["selection"] / took["prefill"])
+        benchmark.extra_info["selection_share"] = round(sorted(shares[1:])[3], 5)
+        shape = f"{str(model.dtype)[6:]} M={total} kept={handle.last.kept} layers={layers}"
+        timed("QuoTA + prefill", shape, "qts_kernels", run, graph=False)
