@@ -92,7 +92,7 @@ class LiteSelector(nn.Module):
             config, state = released.read(checkpoint)
         with init_empty_weights(include_buffers=False):
             module = cls(config, attn_implementation)
-        _check_names(checkpoint.name, set(module.state_dict()), set(state))
+        check_names(checkpoint.name, set(module.state_dict()), set(state))
         module.load_state_dict(state, assign=True)
         return module.eval()
 
@@ -317,7 +317,7 @@ def _build_decoder(config: LiteConfig, attn_implementation: str) -> nn.Module:
     return decoder
 
 
-def _check_names(name: str, expected: set[str], found: set[str]) -> None:
+def check_names(name: str, expected: set[str], found: set[str]) -> None:
     """Raise ValueError unless the tensors found are those expected."""
     wrong = {"lacks": sorted(expected - found), "has, without a place for them,": sorted(found - expected)}
     parts = [f"{verb} {', '.join(names[:5])}{' ...' * (len(names) > 5)}" for verb, names in wrong.items() if names]

@@ -75,13 +75,37 @@ def read(checkpoint: Checkpoint) -> tuple[LiteConfig, dict[str, torch.Tensor]]:
             f"one tensor of {', '.join(_TELLTALES.values())}"
         )
     text = checkpoint.config.get("text_config") or checkpoint.config.get("llm_config") or checkpoint.config
-    missing = [entry for entry in _TEXT_ENTRIES if entry not in text]
-    if missing:
-        raise ValueError(f"{checkpoint.name}: config.json lacks {', '.join(missing)}")
+    options = read_text_entries(checkpoint, text)
     places = _map_names(checkpoint.name, names, families[0], dead_layer=text["num_hidden_layers"] - 1)
     tensors = checkpoint.tensors(tuple(places))
     state = {ours: tensors[name] for name, ours in places.items()}
-    return _read_config(checkpoint, text, families[0], state), state
+    return _read_config(checkpoint, text, options, families[0], state), state
+
+
+def read_text_entries(checkpoint: Checkpoint, text: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``LiteConfig`` that ``text``, the language model's part of config.json, settles.
+
+    Raises ValueError where an entry is missing, or has another value than the arithmetic here.
+    """
+    missing = [entry for entry in _TEXT_ENTRIES if entry not in text]
+    if missing:
+        raise ValueError(f"{checkpoint.name}: config.json lacks {', '.join(missing)}")
+    rope = _rope(text)
+    found = checkpoint.config | text
+    wrong = [f"{k} {found[k]!r}" for k, value in _EXPECTED.items() if found.get(k, value) not in (value, None)]
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in _ROPE_TYPES:
+        wrong.append(f"rope type {rope_type!r}")
+    if wrong:
+        raise ValueError(f"{checkpoint.name}: config.json asks for {', '.join(wrong)}, which is not supported")
+    theta = rope.get("rope_theta", text.get("rope_theta"))
+    if theta is None:
+        raise ValueError(f"{checkpoint.name}: config.json lacks rope_theta")
+    return {ours: text[entry] for entry, ours in _TEXT_ENTRIES.items()} | {"rope_theta": theta}
+
+
+def _rope(text: dict[str, Any]) -> dict[str, Any]:
+    return text.get("rope_parameters") or text.get("rope_scaling") or {}
 
 
 def _map_names(checkpoint: str, names: list[str], family: str, dead_layer: int) -> dict[str, str]:
@@ -109,20 +133,13 @@ def _map_names(checkpoint: str, names: list[str], family: str, dead_layer: int) 
 
 
 def _read_config(
-    checkpoint: Checkpoint, text: dict[str, Any], family: str, state: dict[str, torch.Tensor]
+    checkpoint: Checkpoint,
+    text: dict[str, Any],
+    options: dict[str, Any],
+    family: str,
+    state: dict[str, torch.Tensor],
 ) -> LiteConfig:
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    found = checkpoint.config | text
-    wrong = [f"{k} {found[k]!r}" for k, value in _EXPECTED.items() if found.get(k, value) not in (value, None)]
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type not in _ROPE_TYPES:
-        wrong.append(f"rope type {rope_type!r}")
-    if wrong:
-        raise ValueError(f"{checkpoint.name}: config.json asks for {', '.join(wrong)}, which is not supported")
-    theta = rope.get("rope_theta", text.get("rope_theta"))
-    if theta is None:
-        raise ValueError(f"{checkpoint.name}: config.json lacks rope_theta")
-    options = {ours: text[entry] for entry, ours in _TEXT_ENTRIES.items()}
+    rope = _rope(text)
     try:
         options["vocab_size"] = len(state["decoder.embed_tokens.weight"])
         if family == "qwen":
@@ -135,4 +152,4 @@ def _read_config(
             options["vision_size"] = state["projector.0.weight"].shape[-1]
     except KeyError as error:
         raise ValueError(f"{checkpoint.name} lacks {error.args[0]}") from error
-    return LiteConfig(family=family, rope_theta=theta, **options)
+    return LiteConfig(family=family, **options)

@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from qts_video.data import Collator, RecordError, VideoQADataset
 from qts_video.lite import LiteConfig, LiteSelector
+from qts_video.lite.pretrained import from_language_model
 from qts_video.loading import FRAME_PIXELS, VIDEO_PIXELS, CommandError, first_line, given, load
 from qts_video.train.lite import LiteTrainer, LiteTrainingArguments
 from qts_video.train.lite_scores import LiteCollator, dump_scores
@@ -44,8 +45,10 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raise what can be known before the work starts."""
     if arguments.device not in (None, "cpu", "cuda"):
         raise CommandError(f"--device must be cpu or cuda (choose with CUDA_VISIBLE_DEVICES), got {arguments.device}")
-    if arguments.lite is not None and (arguments.hidden_size is not None or arguments.layers is not None):
-        raise CommandError("--lite has its size: leave out --hidden-size and --layers")
+    sized = arguments.hidden_size is not None or arguments.layers is not None
+    for name, start in (("--lite", arguments.lite), ("--language-model", arguments.language_model)):
+        if start is not None and sized:
+            raise CommandError(f"{name} has its size: leave out --hidden-size and --layers")
 
 
 def _training_arguments(arguments: argparse.Namespace) -> LiteTrainingArguments:
@@ -127,11 +130,14 @@ def _make_trainer(
 
 def _student(arguments: argparse.Namespace, model: Any) -> LiteSelector:
     """In float32: a step of the learning rate is nothing in bfloat16."""
-    if arguments.lite is not None:
+    start = arguments.lite or arguments.language_model
+    if start is not None:
         try:
-            return LiteSelector.from_pretrained(arguments.lite).float()
+            if arguments.lite is not None:
+                return LiteSelector.from_pretrained(start).float()
+            return from_language_model(model, start, seed=arguments.seed)
         except (OSError, ValueError, RuntimeError) as error:
-            raise CommandError(f"lite {arguments.lite}: {first_line(error)}") from error
+            raise CommandError(f"{start}: {first_line(error)}") from error
     sizes = {} if arguments.layers is None else {"layers": arguments.layers}
     if arguments.hidden_size is not None:
         heads = arguments.hidden_size * LiteConfig.heads // LiteConfig.hidden_size

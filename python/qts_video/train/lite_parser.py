@@ -6,7 +6,8 @@ from qts_video import options
 
 EXAMPLES = """\
 examples:
-  qts train flexselect-lite data.jsonl --model lmms-lab/LLaVA-Video-7B-Qwen2 --output lite
+  qts train flexselect-lite data.jsonl --model lmms-lab/LLaVA-Video-7B-Qwen2 \\
+      --language-model Qwen/Qwen2.5-0.5B-Instruct --output lite
   qts train flexselect-lite data.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --output lite \\
       --teacher-scores scores --eval-data held-out.jsonl --report-to tensorboard
   torchrun --nproc-per-node 8 -m qts_video train flexselect-lite data.jsonl --model ... --output lite
@@ -84,9 +85,14 @@ def _add_teacher(lite: argparse.ArgumentParser) -> None:
 
 def _add_student(lite: argparse.ArgumentParser) -> None:
     student = lite.add_argument_group("student")
-    student.add_argument(
-        "--lite", metavar="PATH", help="train this selector further (a checkpoint folder or hub id; default: a new one)"
+    start = student.add_mutually_exclusive_group()
+    start.add_argument(
+        "--language-model",
+        metavar="PATH",
+        help="start from the weights of this Qwen2 language model, as the published selectors did, e.g. "
+        "Qwen/Qwen2.5-0.5B-Instruct (a checkpoint folder or hub id; default: random weights)",
     )
+    start.add_argument("--lite", metavar="PATH", help="train this selector further (a checkpoint folder or hub id)")
     student.add_argument(
         "--hidden-size",
         type=options.count,

@@ -94,7 +94,9 @@ def test_defaults_are_published_and_fit():
         (["--layer", "99"], "flexselect-lite: expected a layer of 0 .."),
         ([], "flexselect-lite: no reference layer is known"),
         (["--layer", "1", "--hidden-size", "900"], "flexselect-lite: expected heads that split the width 900"),
-        (["--layer", "1", "--lite", "/nowhere"], "lite /nowhere: "),
+        (["--language-model", "x", "--hidden-size", "64"], "--language-model has its size"),
+        (["--layer", "1", "--lite", "/nowhere"], "^/nowhere: "),
+        (["--layer", "1", "--language-model", "/nowhere"], "^/nowhere: "),
     ],
 )
 def test_what_cannot_be_is_said(data, tmp_path, options, message):
