@@ -281,6 +281,44 @@ def test_autocast_and_bfloat16_train(recwarn):
         assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
+def test_at_the_published_temperature_the_gate_hardly_knows_the_scores():
+    """Scores are weights of a softmax, about 1/M; docs/training.md."""
+    generator = torch.Generator().manual_seed(0)
+    x, question = torch.randn(1, 1000, D, generator=generator), torch.randn(1, 6, D, generator=generator)
+    spread = {}
+    for tau in (0.5, 0.1, 0.002):
+        with torch.no_grad():
+            out = make(tau_s=tau)(x, question, seed=0)
+            p = torch.sigmoid(keep_logits(out.scores[0], out.rho, tau, ragged_cu_seqlens([1000])))
+        spread[tau] = float(p.max() / p.min())
+    assert spread[0.5] < 1.05
+    assert spread[0.1] < 1.2
+    assert spread[0.002] > 2
+
+
+def test_the_backward_holds_a_bounded_number_of_logits(monkeypatch):
+    from qts_kernels.nn import gate_attention
+
+    monkeypatch.setattr(gate_attention, "LOGITS", 4 * 300 * HEADS)
+    generator = torch.Generator().manual_seed(0)
+    x, question = torch.randn(1, 300, D, generator=generator), torch.randn(1, 6, D, generator=generator)
+    largest = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **kwargs or {})
+            largest.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    module = make()
+    out = module(x, question, seed=0)
+    assert int(out.n) > 50
+    with Sizes():
+        out.tokens.square().sum().backward()
+    every_logit = int(out.n) * 300 * HEADS
+    assert max(largest) < every_logit / 2
+
+
 def test_rho_of_one_and_empty_segments_and_one_token():
     module = make(rho_min=1.0, rho_max=1.0)
     args, kwargs = packed()

@@ -99,15 +99,20 @@ class SelectingModel(nn.Module):
         self.model.gradient_checkpointing_disable()
 
     def forward(
-        self, *, seeds: list[int] | None = None, seconds_per_step: list[float] | None = None, **inputs: Any
+        self,
+        *,
+        seeds: list[int] | None = None,
+        seconds_per_step: list[float] | None = None,
+        num_items_in_batch: Tensor | None = None,
+        **inputs: Any,
     ) -> dict[str, Tensor]:
         """The cross entropy, and what was selected.
 
         Args:
             seeds: of the gate's noise, one a sample; None: from torch's generator.
             seconds_per_step: see ``Handle.seconds_per_step``.
-            inputs: the model's, with ``labels``; ``num_items_in_batch``: by how many tokens the sum of the cross
-                entropies is divided (None: by those of this batch).
+            num_items_in_batch: by how many tokens the sum of the cross entropies is divided (None: those of this call).
+            inputs: the model's, with ``labels``.
 
         Returns:
             loss, the cross entropy []; and of every video [V]: rho, n_expected = rho M (differentiable, both), kept and
@@ -121,10 +126,13 @@ class SelectingModel(nn.Module):
         self._recorder.start(seeds)
         output = self.model(**inputs, use_cache=False)
         selection, videos = self._recorder.stop()
+        loss = output.loss
+        if num_items_in_batch is not None:  # not every model's forward takes it
+            loss = loss * (inputs["labels"][:, 1:] != -100).sum() / num_items_in_batch
         lengths = torch.tensor(videos.lengths, device=selection.rho.device)
         share = torch.tensor([1 / videos.sample.count(sample) for sample in videos.sample], device=lengths.device)
         return {
-            "loss": output.loss,
+            "loss": loss,
             "rho": selection.rho,
             "n_expected": selection.rho * lengths,
             "kept": selection.n,
