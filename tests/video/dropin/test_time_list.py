@@ -13,7 +13,22 @@ from hypothesis import strategies as st
 from qts_video import embedded
 from qts_video.dropin.time_list import find_lost_times, find_time_sentence, write_time_sentence
 from qts_video.methods import Chain, QuoTA, Uniform
-from tiny import ASSISTANT, IM_END, IM_START, NEWLINE, SYSTEM, USER, Oracle, Video, keep_mask, prompt, rows, user
+from tiny import (
+    ASSISTANT,
+    IM_END,
+    IM_START,
+    NEWLINE,
+    SYSTEM,
+    USER,
+    Keep,
+    Oracle,
+    Video,
+    keep_all,
+    keep_mask,
+    prompt,
+    rows,
+    user,
+)
 from tiny_qwen3 import LABEL
 
 
@@ -235,6 +250,18 @@ def test_methods_behind_quota_read_the_same_prompt(family):
         columns.append(handle.last.columns)
     assert torch.equal(*columns)
     assert int((columns[0] >= 0).sum()) < int(batch["attention_mask"].sum())
+
+
+def test_each_method_of_a_chain_shortens_the_list_that_the_last_one_left():
+    family = FAMILIES["qwen2_5_vl"]
+    model, batch = family.build_model(), batch_of(family, "left")
+    last = Keep(lambda videos: [end[None].long() - 1 for end in videos.cu_seqlens[1:]])
+    third = Keep(keep_all)
+    with qts_video.attach(model, Chain([quota(), last, third]), tokenizer=TOKENIZER), torch.no_grad():
+        model(**batch)
+    context = third.calls[0].context
+    for row, valid, lists in zip(context.input_ids, context.layout.valid, (1, 2), strict=True):
+        assert TOKENIZER.decode(row[valid].tolist()).count(" at 2.00s.") == lists
 
 
 @CHATML
