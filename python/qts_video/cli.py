@@ -4,11 +4,16 @@ import argparse
 import os
 import sys
 import warnings
+from importlib import import_module
+from types import ModuleType
 
 from qts_kernels import __version__
 
 from . import options
+from .evaluate.parser import add_eval
 from .plot.parser import add_plot
+from .split_parser import add_split
+from .train.parser import add_train
 
 ASK_EXAMPLES = """\
 examples:
@@ -22,6 +27,16 @@ Exit status 2: the video, the model or an option cannot be used.
 """
 
 
+_MODULES = {
+    "ask": "ask",
+    "plot": "plot.command",
+    "eval": "evaluate.command",
+    "train": "train.command",
+    "data": "data.check",
+    "split": "split",
+}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qts",
@@ -33,6 +48,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_ask(commands)
     add_plot(commands)
+    add_eval(commands)
+    add_train(commands)
+    _add_data(commands)
+    add_split(commands)
     commands.add_parser(
         "doctor",
         help="what is installed, which implementation serves each op and why, and what is missing",
@@ -96,6 +115,22 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
     )
 
 
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    data = commands.add_parser(
+        "data", help="look at a file of questions about videos", description="Looks at files of questions about videos."
+    )
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser(
+        "check",
+        help="what is in a file, and what is wrong with it",
+        description="Counts the questions of a file and their answers, and lists its bad records, its repeated ids and "
+        "the videos that are missing. Exit status 1: a record is bad, or a video is missing or does not decode.",
+    )
+    check.add_argument("file", metavar="FILE", help="JSON Lines of questions: docs/data.md")
+    options.add_records(check)
+    check.add_argument("--decode", action="store_true", help="open every video too")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     arguments = build_parser().parse_args(argv)
@@ -123,13 +158,7 @@ def _run(arguments: argparse.Namespace) -> int:
         from .loading import CommandError
 
         try:
-            if arguments.command == "plot":
-                from .plot import command
-
-                return command.run(arguments)
-            from . import ask
-
-            return ask.run(arguments)
+            return _command(arguments.command).run(arguments)
         except CommandError as error:
             return _fail(str(error))
     except VideoError as error:
@@ -138,6 +167,11 @@ def _run(arguments: argparse.Namespace) -> int:
         if error.name is None or error.name.startswith("qts_"):
             raise
         return _fail(f"{error.name} is not installed: pip install 'qts_kernels[video]'")
+
+
+def _command(name: str) -> ModuleType:
+    """The module that runs a command, and what only that needs."""
+    return import_module(f"qts_video.{_MODULES[name]}")
 
 
 def _fail(message: str) -> int:

@@ -97,7 +97,33 @@ def add_relevance(group: argparse._ArgumentGroup, method: str = "") -> None:
     )
 
 
-def add_reading(parser: argparse.ArgumentParser) -> None:
+def add_records(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What a file of questions is; returns the group."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--media-root", metavar="DIR", help="folder from which the file names its videos (default: the file's own)"
+    )
+    data.add_argument(
+        "--format",
+        choices=("auto", "vscq", "vqa", "llava_video_178k"),
+        default="auto",
+        help="of the file's records (default: as the first one looks)",
+    )
+    return data
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Which records of a file, and which frames of their videos."""
+    data = add_records(parser)
+    data.add_argument(
+        "--sampling",
+        choices=("uniform", "random", "middle"),
+        default="uniform",
+        help="frames from the start, a random place or the middle of equal stretches (default: %(default)s)",
+    )
+
+
+def add_reading(parser: argparse.ArgumentParser, max_frames: int = 768) -> None:
     """How the video becomes frames."""
     reading = parser.add_argument_group("reading the video")
     reading.add_argument(
@@ -106,7 +132,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     reading.add_argument(
         "--max-frames",
         type=count,
-        default=768,
+        default=max_frames,
         metavar="N",
         help="most sampled frames, spread over the whole video (default: %(default)s)",
     )

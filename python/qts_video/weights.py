@@ -58,11 +58,17 @@ class Checkpoint:
             self._fetch(*wanted)
         found = {}
         for file_name, names in wanted.items():
-            if not (self.folder / file_name).is_file():
-                raise FileNotFoundError(f"{self.name}: {INDEX} names {file_name}, which is absent")
-            with safe_open(self.folder / file_name, "pt") as file:
+            with safe_open(self.file(file_name), "pt") as file:
                 found |= {name: file.get_tensor(name) for name in names}
         return found
+
+    def file(self, name: str) -> Path:
+        """Where a file that ``names`` names is; fetched from the hub if it is not here yet."""
+        if self._hub_id is not None and not (self.folder / name).is_file():
+            self._fetch(name)
+        if not (self.folder / name).is_file():
+            raise FileNotFoundError(f"{self.name}: {INDEX} names {name}, which is absent")
+        return self.folder / name
 
     def _fetch(self, *patterns: str) -> Path:
         import huggingface_hub

@@ -1,6 +1,7 @@
 """Samples become a batch of model inputs."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,13 +29,21 @@ class Collator:
         seconds_per_step: add "seconds_per_step", a list with one float a video, in families whose inputs don't say
             when frames are (LLaVA's and InternVL's). It is for ``Handle.seconds_per_step``: take it out of the batch
             before the model is called.
+        model: the model that the batches are for, where it may be a converted LLaVA-Video: ``prepare`` then writes the
+            frames' times before the question, as it was trained with. Its newlines are ``newline_layout``'s business.
 
     Raises:
         ValueError: a chat template that does not open an answered turn as it opens one to be answered.
     """
 
     def __init__(
-        self, processor: Any, *, max_length: int | None = None, train: bool = True, seconds_per_step: bool = False
+        self,
+        processor: Any,
+        *,
+        max_length: int | None = None,
+        train: bool = True,
+        seconds_per_step: bool = False,
+        model: Any = None,
     ) -> None:
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
@@ -42,7 +51,10 @@ class Collator:
         self.max_length = max_length
         self.train = train
         self.seconds_per_step = seconds_per_step
-        self._turn, self._before, self._end = _answer_turn(processor) if train else ("", "", "")
+        # Its config alone, so that the workers of a DataLoader are not sent the weights.
+        self._model = None if model is None else SimpleNamespace(config=model.config)
+        if train:
+            answer_turn(processor)
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The batch: ``input_ids``, ``attention_mask`` and, in training, ``labels`` (-100 everywhere but in the answer
@@ -72,11 +84,14 @@ class Collator:
 
     def _example(self, sample: Sample) -> dict[str, Any]:
         """One sample, not padded."""
-        prompt = prepare(self.processor, sample.video, sample.prompt)
+        prompt = prepare(self.processor, sample.video, sample.prompt, self._model)
         example = {name: torch.as_tensor(value) for name, value in prompt.items()}
         if self.train:
             length = example["input_ids"].shape
-            answer = self._answer_ids(sample)
+            try:
+                answer = torch.tensor([answer_ids(self.processor, sample.answer)])
+            except ValueError as error:
+                raise ValueError(f"{sample.name}: {error}") from error
             appended = {"input_ids": answer, "attention_mask": torch.ones_like(answer)}
             for name, value in example.items():
                 if value.shape == length:
@@ -90,18 +105,6 @@ class Collator:
             )
         example["seconds_per_step"] = prompt.seconds_per_step
         return example
-
-    def _answer_ids(self, sample: Sample) -> torch.Tensor:
-        """[1, n] int64: the answer and the end of its turn, as tokens behind the opening of that turn."""
-        tokenizer = self.processor.tokenizer
-        answer = sample.answer.strip()
-        if not answer:
-            raise ValueError(f"{sample.name}: the answer is empty")
-        opening = tokenizer.encode(self._turn, add_special_tokens=False)
-        whole = tokenizer.encode(self._turn + self._before + answer + self._end, add_special_tokens=False)
-        if whole[: len(opening)] != opening:
-            raise ValueError(f"{sample.name}: the answer {answer!r} changes the tokens of the turn that it is put into")
-        return torch.tensor([whole[len(opening) :]])
 
     def _pad(self, name: str, rows: list[torch.Tensor]) -> torch.Tensor:
         """[B, L] of rows [l]."""
@@ -122,7 +125,25 @@ def _join(name: str, values: list[torch.Tensor], samples: Sequence[Sample]) -> t
     return torch.cat(values)
 
 
-def _answer_turn(processor: Any) -> tuple[str, str, str]:
+def answer_ids(processor: Any, answer: str) -> list[int]:
+    """The tokens of ``answer`` and of the end of its turn, behind the prompt that opens it.
+
+    Raises:
+        ValueError: an empty answer, or one that merges with the last token of the prompt.
+    """
+    turn, before, end = answer_turn(processor)
+    answer = answer.strip()
+    if not answer:
+        raise ValueError("the answer is empty")
+    encode = processor.tokenizer.encode
+    opening = encode(turn, add_special_tokens=False)
+    whole = encode(turn + before + answer + end, add_special_tokens=False)
+    if whole[: len(opening)] != opening:
+        raise ValueError(f"the answer {answer!r} changes the tokens of the turn that it is put into")
+    return whole[len(opening) :]
+
+
+def answer_turn(processor: Any) -> tuple[str, str, str]:
     """How the chat template writes an answer: the prompt up to it, what stands between the two, and what ends the
     turn."""
     user = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}

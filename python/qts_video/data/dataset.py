@@ -111,8 +111,7 @@ class VideoQADataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         """Raises VideoError, with the record's file and line, where the video can't be read."""
         record = self.records[index]
-        # The index is part of the name: several questions of a line are several samples.
-        within = places(self.sampling, self.seed, self.epoch, f"{index}:{record.media}")
+        within = places(self.sampling, self.seed, self.epoch, f"{record.number}:{record.media}")
         try:
             video = read_video(self._media[index], within_step=within, **self._reading)
         except VideoError as error:

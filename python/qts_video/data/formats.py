@@ -41,6 +41,8 @@ class Record:
     choices: tuple[str, ...] = ()
     source: str = ""
     """file:line"""
+    number: int = 0
+    """Its place among the questions of the file."""
 
 
 def detect(fields: Mapping[str, Any]) -> str:

@@ -68,7 +68,8 @@ def read_records(path: str | Path, *, format: str = "auto", on_bad: str = "raise
         except RecordError as error:
             found.bad.append(Bad(source, str(error)))
             continue
-        found.records += [replace(record, source=source) for record in parsed]
+        first = len(found.records)
+        found.records += [replace(one, source=source, number=number) for number, one in enumerate(parsed, first)]
     if on_bad == "raise" and found.bad:
         raise RecordError(listed(found.bad))
     if not found.records and not found.bad:
