@@ -56,7 +56,7 @@ def build_qwen_tokenizer(vision_tokens: Sequence[str], named: dict[str, str] | N
     )
     tokenizer.train_from_iterator([_CORPUS], trainer)
     tokenizer.add_special_tokens([*CHATML, *vision_tokens])
-    return _load(
+    return load_tokenizer(
         tokenizer,
         tokenizer_class="Qwen2Tokenizer",
         pad_token="<|endoftext|>",
@@ -100,7 +100,7 @@ def build_llama_tokenizer(vision_tokens: Sequence[str]) -> Any:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    return _load(
+    return load_tokenizer(
         tokenizer,
         tokenizer_class="LlamaTokenizerFast",
         legacy=False,
@@ -111,7 +111,7 @@ def build_llama_tokenizer(vision_tokens: Sequence[str]) -> Any:
     )
 
 
-def _load(tokenizer: Tokenizer, **config: Any) -> Any:
+def load_tokenizer(tokenizer: Tokenizer, **config: Any) -> Any:
     """The tokenizer of transformers around ``tokenizer``: through files, the one way in that every version shares."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(str(Path(folder) / "tokenizer.json"))
