@@ -35,13 +35,16 @@ class InternVLChatProcessor:
     def apply_chat_template(
         self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, tokenize: bool
     ) -> str:
-        """One turn of the user: a video, written as ``<video>``, and text."""
-        (message,) = messages
-        text = "".join("<video>" if part["type"] == "video" else part["text"] for part in message["content"])
+        """A turn of the user (a video, written as ``<video>``, and text), and the answer to it, or what opens one."""
+        texts = [
+            "".join("<video>" if part["type"] == "video" else part["text"] for part in message["content"])
+            for message in messages
+        ]
         conversation = self._conversation.copy()
         conversation.system_message = self._system
-        conversation.append_message(conversation.roles[0], text)
-        conversation.append_message(conversation.roles[1], None)
+        question, answer = texts if len(texts) == 2 else (*texts, None)
+        conversation.append_message(conversation.roles[0], question)
+        conversation.append_message(conversation.roles[1], answer)
         return conversation.get_prompt()
 
     def __call__(

@@ -7,7 +7,9 @@ import pytest
 import torch
 from qts_video.answer import answer, prepare
 from qts_video.checkpoints import load_model
+from qts_video.data import Collator, Sample
 from qts_video.embedded.tokenizer import build_qwen_tokenizer
+from qts_video.evaluate.predict import Predictor
 from qts_video.methods import QTSplus, Uniform
 from qts_video.video import Video
 from safetensors.torch import save_file
@@ -133,3 +135,18 @@ def test_an_answer(loaded, video):
         fewer = answer(model, processor, inputs, selector, max_new_tokens=2)
         assert (fewer.kept, fewer.generated_tokens <= 2) == (3, True)
         assert fewer.report.videos[0].frame_seconds.tolist() == pytest.approx([0, 0.5, 1])
+
+
+def test_evaluation(loaded, video):
+    """Answered turns, letters and what is kept, through the model's own template and generate()."""
+    model, processor = loaded
+    sample = Sample(video, QUESTION, "B", choices=("red", "blue"))
+    batch = Collator(processor)([sample])
+    learnt = batch["labels"][0][batch["labels"][0] >= 0]
+    assert processor.tokenizer.decode(learnt) == "B<|im_end|>"
+    (prediction,) = Predictor(model, processor, Uniform(max_tokens=5), max_new_tokens=2)([sample])
+    expected = answer(
+        model, processor, prepare(processor, video, sample.prompt), Uniform(max_tokens=5), max_new_tokens=2
+    )
+    assert (prediction.text, prediction.kept) == (expected.text, 5)
+    assert sum(prediction.probabilities) == pytest.approx(1)
