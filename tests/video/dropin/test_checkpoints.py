@@ -73,7 +73,7 @@ def build_source(processor, tied):
 
 def build_selector():
     torch.manual_seed(1)
-    return SelectorModule(64, 4, 2, reencode_layers=2, tau_s=0.5, n_max=512, rho_min=0.1, rho_max=0.4)
+    return SelectorModule(64, 4, 2, reencode_layers=2, tau_s=0.5, n_max=512, rho_min=0.1, rho_max=0.4).eval()
 
 
 def released_selector_state(selector):
