@@ -16,18 +16,27 @@
 #define QTS_X86 0
 #endif
 
+// Linux lets a program use the AMX tiles only where it asked to; GCC has them from version 11 on.
+#if QTS_X86 && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define QTS_AMX 1
+#else
+#define QTS_AMX 0
+#endif
+
 namespace qts {
 
-// Ordered: a machine that has one has those before it. avx512 is F + BW + DQ + VL; avx512_bf16 adds vdpbf16ps.
-enum class Isa { portable, avx2, avx512, avx512_bf16 };
+// Ordered: a machine that has one has those before it. avx512 is F + BW + DQ + VL; avx512_bf16 adds vdpbf16ps,
+// amx_bf16 tdpbf16ps.
+enum class Isa { portable, avx2, avx512, avx512_bf16, amx_bf16 };
 
-// The best that the machine has, or what the environment variable QTS_CPU_ISA (portable, avx2, avx512, avx512_bf16)
-// asks for; it is read at the first call and is meant for tests. Throws where it asks for something the CPU lacks.
+// The best that the machine has, or what the environment variable QTS_CPU_ISA (portable, avx2, avx512, avx512_bf16,
+// amx_bf16) asks for; it is read at the first call and is meant for tests. Throws where it asks for something the CPU
+// lacks.
 Isa isa();
 
 }  // namespace qts
 
-// QTS_DISPATCH(f, args...) calls qts::<isa>::f(args...). An op without an avx512_bf16 copy runs its avx512 one there.
+// QTS_DISPATCH(f, args...) calls qts::<isa>::f(args...). An op without a copy for more runs its avx512 one there.
 #if QTS_X86
 #define QTS_DISPATCH(f, ...)                                          \
   (::qts::isa() >= ::qts::Isa::avx512 ? ::qts::avx512::f(__VA_ARGS__) \

@@ -1,6 +1,7 @@
 // Relevance's kernels, compiled once an instruction set; kernels.h says what each does.
 
 #include "cpu/simd.inl"
+#include "cpu/transpose.inl"
 #include "relevance/pack.inl"
 
 namespace qts::QTS_ISA {

@@ -35,7 +35,7 @@ Type type_of(const Tensor& x) {
 
 const Kernels& kernels(Type type) {
 #if QTS_X86
-  if (isa() == Isa::avx512_bf16) return avx512_bf16::relevance_kernels(type);
+  if (isa() >= Isa::avx512_bf16) return avx512_bf16::relevance_kernels(type);
 #endif
   return QTS_DISPATCH(relevance_kernels, type);
 }

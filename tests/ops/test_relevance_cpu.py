@@ -96,7 +96,7 @@ def test_every_instruction_set_within_budget(isa):
 def test_an_unknown_instruction_set_raises():
     done = run_with("avx1024", __file__)
     assert done.returncode != 0
-    assert "QTS_CPU_ISA must be portable, avx2, avx512 or avx512_bf16, got avx1024" in done.stderr
+    assert "QTS_CPU_ISA must be portable, avx2, avx512, avx512_bf16 or amx_bf16, got avx1024" in done.stderr
 
 
 @settings(max_examples=60, deadline=None)
