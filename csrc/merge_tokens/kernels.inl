@@ -39,7 +39,29 @@ void dot_strip(const float* const* a, const float* const* b, int64_t count_b, in
   for (; n < count_b; ++n) dot_tile<A, 1>(a, b + n, start, width, out + n, count_b);
 }
 
+// N products side by side, so that one need not wait for its own last addition.
+template <int N>
+void dot_chains(const float* const* a, const float* const* b, int64_t columns, float* out) {
+  for (int n = 0; n < N; ++n) out[n] = 0.0f;
+  for (int64_t start = 0; start < columns; start += kDotChunk) {
+    const int64_t stop = columns - start < kDotChunk ? columns : start + kDotChunk;
+    Vec sums[N] = {};
+    int64_t j = start;
+    for (; j + LANES <= stop; j += LANES)
+      for (int n = 0; n < N; ++n) sums[n] = fma(load(a[n] + j), load(b[n] + j), sums[n]);
+    if (j < stop)
+      for (int n = 0; n < N; ++n) sums[n] = fma(load_part(a[n] + j, stop - j), load_part(b[n] + j, stop - j), sums[n]);
+    for (int n = 0; n < N; ++n) out[n] += sum_lanes(sums[n]);
+  }
+}
+
 }  // namespace
+
+void dot_pairs(const float* const* a, const float* const* b, int64_t count, int64_t columns, float* out) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) dot_chains<4>(a + i, b + i, columns, out + i);
+  for (; i < count; ++i) dot_chains<1>(a + i, b + i, columns, out + i);
+}
 
 void dot_rows(const float* const* a, int64_t count_a, const float* const* b, int64_t count_b, int64_t columns,
               float* out) {

@@ -6,14 +6,17 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/parallel.h"
 #include "gather_tokens/rows.h"
 #include "merge_tokens/kernels.h"
+#include "merge_tokens/screen.h"
 #include "weighted_rows/element.h"
 #include "weighted_rows/kernels.h"
 
@@ -30,19 +33,36 @@ struct Shape {
   bool compat;
 };
 
+// What the frames of a thread share.
+struct Scratch {
+  explicit Scratch(const Shape& shape)
+      : vectors(shape.type == Element::fp32 ? 0 : shape.tokens * shape.columns),
+        means(shape.tokens / 2 * shape.columns) {
+    const auto bytes = static_cast<int64_t>(sizeof(float)) * shape.columns;
+    qts::advise_huge_pages(means.get(), shape.tokens / 2 * bytes);
+    if (shape.type != Element::fp32) qts::advise_huge_pages(vectors.get(), shape.tokens * bytes);
+    if (qts::screen_kernels() && shape.tokens / 2 >= qts::Screen::kFewest)
+      screen.emplace((shape.tokens + 1) / 2, shape.columns);
+  }
+
+  qts::Buffer<float> vectors, means;
+  std::optional<qts::Screen> screen;
+  std::vector<float> dots;
+};
+
 // The tokens of one frame as they are merged. A cluster is known by the token that the others came to.
 class Frame {
  public:
-  Frame(const Shape& shape, const char* x, const float* sizes)
-      : shape_(shape), x_(x), sizes_(sizes), alive_(size()), root_(size()), vectors_(size()), share_(size(), 1.0f),
-        weight_(size()), inverse_norm_(size()) {
+  Frame(const Shape& shape, Scratch& scratch, const char* x, const float* sizes)
+      : shape_(shape), scratch_(scratch), x_(x), sizes_(sizes), screened_(scratch.screen.has_value()),
+        alive_(size()), root_(size()), vectors_(size()), share_(size(), 1.0f), weight_(size()),
+        inverse_norm_(size()), measured_(size()) {
     std::iota(alive_.begin(), alive_.end(), 0);
     std::iota(root_.begin(), root_.end(), 0);
     for (size_t i = 0; i < size(); ++i) weight_[i] = sizes ? sizes[i] : 1.0f;
   }
 
   void merge(int64_t count) {
-    if (static_cast<int64_t>(size()) > count) read_vectors();
     while (static_cast<int64_t>(alive_.size()) > count) {
       const auto n = static_cast<int64_t>(alive_.size()), merged = std::min(n / 2, n - count);
       round(static_cast<size_t>(merged), n - merged > count);
@@ -83,26 +103,31 @@ class Frame {
   size_t size() const { return static_cast<size_t>(shape_.tokens); }
   const char* row(size_t i) const { return x_ + static_cast<int64_t>(i) * shape_.row_bytes; }
 
-  // fp32 vectors to match: the frame's own, or converted.
-  void read_vectors() {
+  // Sees to it that these tokens have their fp32 vectors, the frame's own or converted, and their inverse norms.
+  void prepare(const size_t* tokens, size_t count) {
     const float one = 1.0f;
-    if (shape_.type != Element::fp32) converted_.emplace(shape_.tokens * shape_.columns);
-    for (size_t i = 0; i < size(); ++i) {
-      vectors_[i] = reinterpret_cast<const float*>(row(i));
-      if (shape_.type != Element::fp32) {
+    std::vector<size_t> fresh;
+    std::vector<const float*> rows;
+    for (size_t k = 0; k < count; ++k) {
+      const size_t i = tokens[k];
+      if (measured_[i]) continue;
+      measured_[i] = true;
+      if (vectors_[i] == nullptr && shape_.type == Element::fp32) {
+        vectors_[i] = reinterpret_cast<const float*>(row(i));
+      } else if (vectors_[i] == nullptr) {
         const void* from = row(i);
-        float* to = converted_->get() + static_cast<int64_t>(i) * shape_.columns;
+        float* to = scratch_.vectors.get() + static_cast<int64_t>(i) * shape_.columns;
         QTS_DISPATCH(weighted_rows, shape_.type, &from, &one, 1, shape_.columns, Element::fp32, to);
         vectors_[i] = to;
       }
-      measure(i);
+      fresh.push_back(i);
+      rows.push_back(vectors_[i]);
     }
-  }
-
-  void measure(size_t i) {
-    float square;
-    QTS_DISPATCH(dot_rows, &vectors_[i], 1, &vectors_[i], 1, shape_.columns, &square);
-    inverse_norm_[i] = square == 0.0f ? 0.0f : 1.0f / std::sqrt(square);
+    std::vector<float> squares(fresh.size());
+    QTS_DISPATCH(dot_pairs, rows.data(), rows.data(), static_cast<int64_t>(rows.size()), shape_.columns,
+                 squares.data());
+    for (size_t k = 0; k < fresh.size(); ++k)
+      inverse_norm_[fresh[k]] = squares[k] == 0.0f ? 0.0f : 1.0f / std::sqrt(squares[k]);
   }
 
   void round(size_t merged, bool another) {
@@ -135,32 +160,87 @@ class Frame {
     alive_ = std::move(left);
   }
 
-  // NaN is the smallest similarity; the first of equal ones counts.
+  // The most similar odd token of each even one. NaN is the smallest similarity; the first of equal ones counts.
   void match(const std::vector<size_t>& even, const std::vector<size_t>& odd, std::vector<size_t>& best,
              std::vector<float>& similarity) {
-    constexpr float lowest = -std::numeric_limits<float>::infinity();
+    std::fill(similarity.begin(), similarity.end(), -std::numeric_limits<float>::infinity());
+    std::vector<size_t> some(even.size());
+    std::iota(some.begin(), some.end(), 0);
+    if (screened_ && static_cast<int64_t>(odd.size()) >= qts::Screen::kFewest) {
+      some = match_screened(even, odd, best, similarity);
+      // Tokens as alike as these are so in the next round too.
+      screened_ = 2 * some.size() <= even.size();
+    } else {
+      prepare(alive_.data(), alive_.size());
+    }
     std::vector<const float*> a, b;
-    for (const size_t i : even) a.push_back(vectors_[i]);
+    for (const size_t i : some) a.push_back(vectors_[even[i]]);
     for (const size_t j : odd) b.push_back(vectors_[j]);
-    dots_.resize(a.size() * b.size());
+    scratch_.dots.resize(a.size() * b.size());
+    const float* dot = scratch_.dots.data();
     QTS_DISPATCH(dot_rows, a.data(), static_cast<int64_t>(a.size()), b.data(), static_cast<int64_t>(b.size()),
-                 shape_.columns, dots_.data());
-    for (size_t i = 0; i < even.size(); ++i) {
-      best[i] = 0;
-      similarity[i] = lowest;
-      for (size_t j = 0; j < odd.size(); ++j) {
-        const float s = dots_[i * odd.size() + j] * inverse_norm_[even[i]] * inverse_norm_[odd[j]];
-        if (s > similarity[i]) {
-          similarity[i] = s;
-          best[i] = j;
+                 shape_.columns, scratch_.dots.data());
+    for (const size_t i : some)
+      for (size_t j = 0; j < odd.size(); ++j) take(*dot++, even, odd, i, j, best, similarity);
+  }
+
+  void take(float dot, const std::vector<size_t>& even, const std::vector<size_t>& odd, size_t i, size_t j,
+            std::vector<size_t>& best, std::vector<float>& similarity) {
+    const float s = dot * inverse_norm_[even[i]] * inverse_norm_[odd[j]];
+    if (s > similarity[i]) {
+      similarity[i] = s;
+      best[i] = j;
+    }
+  }
+
+  // Matches the even tokens of few candidates; those that are left are returned.
+  std::vector<size_t> match_screened(const std::vector<size_t>& even, const std::vector<size_t>& odd,
+                                     std::vector<size_t>& best, std::vector<float>& similarity) {
+    qts::Screen& screen = *scratch_.screen;
+    screen.start(static_cast<int64_t>(even.size()), static_cast<int64_t>(odd.size()));
+    std::vector<const float*> a, b;
+    std::vector<float> inverse_norm;
+    for (const bool right : {false, true}) {
+      const std::vector<size_t>& side = right ? odd : even;
+      for (size_t first = 0; first < side.size(); first += qts::screen::kPanelRows) {
+        const size_t count = std::min<size_t>(side.size() - first, qts::screen::kPanelRows);
+        prepare(side.data() + first, count);
+        a.clear();
+        inverse_norm.clear();
+        for (size_t k = first; k < first + count; ++k) {
+          a.push_back(vectors_[side[k]]);
+          inverse_norm.push_back(inverse_norm_[side[k]]);
         }
+        screen.pack(right, static_cast<int64_t>(first), a, inverse_norm);
       }
     }
+    screen.multiply();
+    a.clear();
+    std::vector<size_t> left;
+    std::vector<std::pair<size_t, size_t>> pairs;
+    for (size_t i = 0; i < even.size(); ++i) {
+      const int32_t* found;
+      const int64_t count = screen.candidates(static_cast<int64_t>(i), found);
+      if (4 * static_cast<size_t>(count) > odd.size()) {
+        left.push_back(i);
+        continue;
+      }
+      for (int64_t k = 0; k < count; ++k) pairs.emplace_back(i, found[k]);
+    }
+    for (const auto& [i, j] : pairs) {
+      a.push_back(vectors_[even[i]]);
+      b.push_back(vectors_[odd[j]]);
+    }
+    scratch_.dots.resize(pairs.size());
+    QTS_DISPATCH(dot_pairs, a.data(), b.data(), static_cast<int64_t>(pairs.size()), shape_.columns,
+                 scratch_.dots.data());
+    for (size_t k = 0; k < pairs.size(); ++k)
+      take(scratch_.dots[k], even, odd, pairs[k].first, pairs[k].second, best, similarity);
+    return left;
   }
 
   // Moves the guests into the clusters of `odd`; the means that another round matches are made anew.
   void join(const std::vector<size_t>& odd, const std::vector<std::vector<size_t>>& guests, bool another) {
-    if (another && !means_) means_.emplace((shape_.tokens / 2) * shape_.columns);
     std::vector<size_t> into(size());
     std::vector<float> factor(size(), 1.0f), weights;
     std::iota(into.begin(), into.end(), 0);
@@ -180,11 +260,11 @@ class Frame {
       }
       factor[host] = weights[0];
       if (another) {
-        float* to = means_->get() + place(host, guests[j]) * shape_.columns;
+        float* to = scratch_.means.get() + place(host, guests[j]) * shape_.columns;
         QTS_DISPATCH(weighted_rows, Element::fp32, from.data(), weights.data(), static_cast<int64_t>(from.size()),
                      shape_.columns, Element::fp32, to);
         vectors_[host] = to;
-        measure(host);
+        measured_[host] = false;
       }
       weight_[host] = shape_.compat ? 1.0f : whole;
     }
@@ -217,12 +297,14 @@ class Frame {
   }
 
   const Shape& shape_;
+  Scratch& scratch_;
   const char* x_;
   const float* sizes_;
+  bool screened_;
   std::vector<size_t> alive_, root_;
   std::vector<const float*> vectors_;
-  std::vector<float> share_, weight_, inverse_norm_, dots_;
-  std::optional<qts::Buffer<float>> converted_, means_;
+  std::vector<float> share_, weight_, inverse_norm_;
+  std::vector<bool> measured_;
   std::vector<int64_t> places_, free_places_;
   int64_t next_place_ = 0;
 };
@@ -260,15 +342,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_tokens(Tensor frames, Tensor co
   std::fill(out_sizes + stop, out_sizes + total, 0.0f);
 
   const double flops = static_cast<double>(count) * static_cast<double>(length * length) * static_cast<double>(columns);
+  qts::advise_huge_pages(out, total * row_bytes);
   qts::for_each_item(count, flops, [&] {
-    return [&](int64_t t) {
+    return [&, scratch = std::make_unique<Scratch>(shape)](int64_t t) {
       const int64_t kept = offsets[t + 1] - offsets[t];
       if (kept == 0) {
         std::fill(row + t * length, row + (t + 1) * length, int64_t{-1});
         std::fill(share + t * length, share + (t + 1) * length, 0.0f);
         return;
       }
-      Frame frame(shape, x + t * length * row_bytes, size ? size + t * length : nullptr);
+      Frame frame(shape, *scratch, x + t * length * row_bytes, size ? size + t * length : nullptr);
       frame.merge(wanted[t]);
       frame.write(offsets[t], kept, out, out_sizes, row + t * length, share + t * length);
     };
