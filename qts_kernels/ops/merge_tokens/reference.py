@@ -13,7 +13,7 @@ def merge_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``qts_kernels.merge_tokens`` for the rule and ``_schemas`` for the shapes."""
     x = frames.to(statistics_dtype(frames))
-    sizes = torch.ones_like(x[:, :, 0]) if sizes is None else sizes
+    sizes = x.new_ones(x.shape[:2]) if sizes is None else sizes
     rows = torch.full(x.shape[:2], -1, dtype=torch.int64, device=x.device)
     shares = torch.zeros_like(sizes)
     merged_tokens, merged_sizes = x.new_zeros(total, x.shape[2]), sizes.new_zeros(total)
