@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from qts_kernels.ops import _triton_common
 from qts_kernels.ops.allocate_tokens import triton as allocate_tokens
 from qts_kernels.ops.gather_tokens import triton as gather_tokens
+from qts_kernels.ops.merge_tokens import triton as merge_tokens
 from qts_kernels.ops.relevance import triton as relevance
 from qts_kernels.ops.resize_frames import triton as resize_frames
 from qts_kernels.ops.rms_scale import triton as rms_scale
@@ -96,6 +97,11 @@ def cases() -> dict[str, Callable[[], object]]:
         frames = torch.zeros(2, 27, 27, 3584, dtype=dtype)
         return lambda: resize_frames.resize_frames(frames, sizes, cu, 144, mode)
 
+    def merged(dtype, compat):
+        counts, cu = torch.tensor([100, 44]), torch.tensor([0, 100, 144], dtype=torch.int32)
+        frames = torch.zeros(2, 729, 3584, dtype=dtype)
+        return lambda: merge_tokens.merge_tokens(frames, counts, cu, None, 144, compat)
+
     bf16, fp32 = torch.bfloat16, torch.float32
     return {
         "relevance, bf16 128 max": scored(bf16, 128, "max", False, False, False),
@@ -125,6 +131,8 @@ def cases() -> dict[str, Callable[[], object]]:
         "resize_frames_backward, bf16 bilinear": resized(bf16, "bilinear", True),
         "resize_frames_backward, fp32 adaptive_avg": resized(fp32, "adaptive_avg", True),
         "resize_frames_backward, bf16 linspace": resized(bf16, "linspace", True),
+        "merge_tokens, bf16": merged(bf16, False),
+        "merge_tokens, fp32 compat": merged(fp32, True),
         "soft_threshold, fp32": lambda: soft_threshold.soft_threshold(scores, torch.full((1,), 0.1), cu_k, 0.1),
     }
 

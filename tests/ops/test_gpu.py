@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from qts_kernels import backends, gather_tokens, relevance, rms_scale, soft_threshold, topn, topn_gather
+from qts_kernels import backends, gather_tokens, merge_tokens, relevance, rms_scale, soft_threshold, topn, topn_gather
 from qts_kernels.testing import assert_within_budget, poisoned_memory, ragged_cu_seqlens
 
 pytestmark = [
@@ -50,7 +50,7 @@ def captured(run: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
     "op",
     [
         "relevance", "relevance_backward", "topn", "gather_rows", "rms_scale", "soft_threshold", "allocate_tokens",
-        "resize_frames", "resize_frames_backward",
+        "resize_frames", "resize_frames_backward", "merge_tokens",
     ],
 )  # fmt: skip
 def test_triton_serves(op):
@@ -168,6 +168,24 @@ def test_soft_threshold_keeps_its_share_and_never_synchronises():
     for s, (start, stop) in enumerate(((0, 20_000), (20_000, 120_000))):
         kept = torch.sigmoid((scores[start:stop].double() - t[s].double()) / 0.1).mean()
         torch.testing.assert_close(kept, rho[s].double(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_captured_merge_follows_counts(dtype):
+    """Tokens with a few directions in common, so that no two similarities nearly tie."""
+    frames = (draw(6, 225, 40) @ draw(6, 40, 1030, seed=1)).to(dtype)
+    counts = torch.tensor([30, 101, 225, 1, 0, 113], device=DEVICE)
+    with no_synchronisation():
+        merge_tokens(frames, counts, max_tokens=700, with_rows=True)
+    graph, replayed = captured(lambda: merge_tokens(frames, counts, max_tokens=700, with_rows=True))
+    for held in ([30, 101, 225, 1, 0, 113], [0, 1, 2, 224, 57, 56], [113, 112, 3, 15, 16, 17]):
+        counts.copy_(torch.tensor(held))
+        graph.replay()
+        torch.cuda.synchronize()
+        with backends.force("reference", "merge_tokens"):
+            eager, exact = (merge_tokens(x, counts, max_tokens=700, with_rows=True) for x in (frames, frames.double()))
+        assert torch.equal(replayed[3], exact[3])
+        assert_within_budget(replayed[0], eager[0], exact[0])
 
 
 def enough_memory(gigabytes: int) -> bool:

@@ -29,8 +29,8 @@ def merge_tokens(
     weighted by their sizes, and stands at the odd token's place: the order of the tokens is kept. The next round
     matches these means.
 
-    Similarities are rounded in float32, so those that nearly tie may fall otherwise on another backend. On a GPU eager
-    PyTorch serves, a frame at a time, and synchronises.
+    Similarities are rounded in float32, so those that nearly tie may fall otherwise on another backend; each gives the
+    same bits on every run. On a GPU nothing synchronises where ``max_tokens`` is given or the counts are on the CPU.
 
     Args:
         frames: [T, N, D]. float32, bfloat16 or float16, matched and added up in float32 (float64 for checking).

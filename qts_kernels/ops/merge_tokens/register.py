@@ -5,8 +5,14 @@ import torch
 from qts_kernels import backends
 from qts_kernels.ops.merge_tokens import reference
 
-# No kernel of its own on a GPU yet: the reference serves there.
-backends.register("merge_tokens", reference.merge_tokens, native=("cpu",))
+
+def _triton():
+    from qts_kernels.ops.merge_tokens import triton
+
+    return triton.merge_tokens
+
+
+backends.register("merge_tokens", reference.merge_tokens, native=("cpu",), triton=_triton)
 
 
 @torch.library.impl("qts_kernels::merge_tokens", ("cpu", "cuda"))
