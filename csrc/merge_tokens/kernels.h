@@ -7,8 +7,8 @@
 
 namespace qts {
 
-// out[i * columns_b + j] = <a[i], b[j]> for fp32 rows of `columns`. Every product is added up in the same order, so that
-// equal rows have equal products. dot_pairs: out[i] = <a[i], b[i]>, the same bits.
+// out[i * columns_b + j] = <a[i], b[j]> for fp32 rows of `columns`. Every product is added up in the same order, so
+// that equal rows have equal products. dot_pairs: out[i] = <a[i], b[i]>, the same bits.
 #define QTS_DECLARE(isa)                                                                                  \
   namespace isa {                                                                                         \
   void dot_rows(const float* const* a, int64_t count_a, const float* const* b, int64_t count_b,           \

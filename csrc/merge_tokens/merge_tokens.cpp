@@ -197,9 +197,14 @@ class Frame {
   std::vector<size_t> match_screened(const std::vector<size_t>& even, const std::vector<size_t>& odd,
                                      std::vector<size_t>& best, std::vector<float>& similarity) {
     qts::Screen& screen = *scratch_.screen;
-    screen.start(static_cast<int64_t>(even.size()), static_cast<int64_t>(odd.size()));
     std::vector<const float*> a, b;
     std::vector<float> inverse_norm;
+    for (size_t k = 0; k < alive_.size(); k += (alive_.size() + 15) / 16) {
+      prepare(&alive_[k], 1);
+      a.push_back(vectors_[alive_[k]]);
+      inverse_norm.push_back(inverse_norm_[alive_[k]]);
+    }
+    screen.start(static_cast<int64_t>(even.size()), static_cast<int64_t>(odd.size()), a, inverse_norm);
     for (const bool right : {false, true}) {
       const std::vector<size_t>& side = right ? odd : even;
       for (size_t first = 0; first < side.size(); first += qts::screen::kPanelRows) {

@@ -15,6 +15,13 @@ constexpr int64_t kChunkTiles = 32;
 
 static_assert(LANES == kPanelRows);
 
+// The first n, 16 at most, and zeros behind them.
+QTS_INLINE Vec load_some(const float* from, int64_t n) {
+  return n >= LANES ? load(from) : n > 0 ? load_part(from, n) : Vec{};
+}
+
+QTS_INLINE float root(float x) { return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(x))); }
+
 // Two vectors as the bf16 of 32 columns, and what that took off added up in squares.
 QTS_INLINE Vec round_pairs(Vec low, Vec high, Vec& square) {
   const auto rounded = bit_cast<VecU>(_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
@@ -26,10 +33,12 @@ QTS_INLINE Vec round_pairs(Vec low, Vec high, Vec& square) {
   return bit_cast<Vec>(rounded);
 }
 
-void pack(const float* const* rows, const float* scale, int64_t columns, bool right, bf16* panel, float* residual) {
-  Vec square[LANES] = {};
+void pack(const float* const* rows, const float* scale, const float* center, int64_t columns, bool right, bf16* panel,
+          const screen::Facts& facts) {
+  Vec square[LANES] = {}, off[LANES] = {}, along[LANES] = {};
   for (int64_t first = 0; first < columns; first += kTileColumns, panel += kTile) {
     const int64_t width = columns - first;
+    const Vec middle[2] = {load_some(center + first, width), load_some(center + first + LANES, width - LANES)};
     Vec tile[LANES];
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) {
@@ -37,16 +46,21 @@ void pack(const float* const* rows, const float* scale, int64_t columns, bool ri
       if (rows[i] == nullptr) continue;
       const float* from = rows[i] + first;
       const Vec factor = broadcast(scale[i]);
-      const Vec low = width >= LANES ? load(from) : load_part(from, width);
-      Vec high = {};
-      if (width > LANES) high = width >= 2 * LANES ? load(from + LANES) : load_part(from + LANES, width - LANES);
-      tile[i] = round_pairs(low * factor, high * factor, square[i]);
+      const Vec low = load_some(from, width) * factor - middle[0];
+      const Vec high = load_some(from + LANES, width - LANES) * factor - middle[1];
+      square[i] = fma(high, high, fma(low, low, square[i]));
+      along[i] = fma(high, middle[1], fma(low, middle[0], along[i]));
+      tile[i] = round_pairs(low, high, off[i]);
     }
     if (right) transpose<LANES / 2>(tile);
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) __builtin_memcpy(panel + i * kTileColumns, &tile[i], sizeof(Vec));
   }
-  for (int i = 0; i < LANES; ++i) residual[i] = _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(sum_lanes(square[i]))));
+  for (int i = 0; i < LANES; ++i) {
+    facts.norm[i] = root(sum_lanes(square[i]));
+    facts.residual[i] = root(sum_lanes(off[i]));
+    facts.offset[i] = sum_lanes(along[i]);
+  }
 }
 
 struct Tiles {
@@ -95,18 +109,23 @@ void multiply(const bf16* a, int64_t panels_a, const bf16* b, int64_t panels_b, 
   }
 }
 
-int64_t candidates(const float* products, const float* margins, int64_t count, float slack, int32_t* found) {
+int64_t candidates(const float* products, const screen::Facts& right, int64_t count, float a, float b, float slack,
+                   int32_t* found) {
   const VecI lane = lane_index();
   const Vec none = broadcast(-__builtin_inff());
+  const auto similarity = [&](int64_t j) { return load(products + j) + load(right.offset + j); };
+  const auto margin = [&](int64_t j) {
+    return fma(load(right.norm + j), broadcast(a), fma(load(right.residual + j), broadcast(b), broadcast(slack)));
+  };
   Vec most = none;
   for (int64_t j = 0; j < count; j += LANES) {
-    const Vec low = load(products + j) - load(margins + j);
+    const Vec low = similarity(j) - margin(j);
     most = vmax(select(lane < (VecI{} + (int32_t)(count - j)), low, none), most);
   }
-  const Vec least = broadcast(max_lanes(most) - slack);
+  const Vec least = broadcast(max_lanes(most));
   int64_t kept = 0;
   for (int64_t j = 0; j < count; j += LANES) {
-    const Vec high = load(products + j) + load(margins + j);
+    const Vec high = similarity(j) + margin(j);
     const int64_t left = count - j;
     const __mmask16 inside = left < LANES ? (__mmask16)((1 << left) - 1) : (__mmask16)0xffff;
     const __mmask16 keep = _mm512_mask_cmp_ps_mask(inside, (__m512)high, (__m512)least, _CMP_GE_OQ);
