@@ -177,10 +177,10 @@ class LiteSelector(nn.Module):
             scorer, [scorer.layer], sets, text, tokens, self.device, reduce=reduce, batch_size=set_batch_size
         )[scorer.layer]
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Compute the layers that run once more in the backward pass, in place of keeping what they held; in training
-        mode. The arguments are transformers'."""
-        self.decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        mode. The arguments are those of transformers' models."""
+        self.decoder.gradient_checkpointing_enable(*args, **kwargs)
         self.decoder.layers[-1].gradient_checkpointing = False  # its forward pass is left in the middle
 
     def gradient_checkpointing_disable(self) -> None:

@@ -53,6 +53,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _training_arguments(arguments: argparse.Namespace) -> LiteTrainingArguments:
     on_cpu = arguments.device == "cpu" or not torch.cuda.is_available()
+    options = {}
+    if arguments.gradient_checkpointing:  # transformers 5.23 calls it by another name, and warns where it is given
+        options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return LiteTrainingArguments(
         arguments.output,
         loss=arguments.loss,
@@ -62,8 +65,6 @@ def _training_arguments(arguments: argparse.Namespace) -> LiteTrainingArguments:
         per_device_train_batch_size=arguments.batch_size,
         per_device_eval_batch_size=arguments.batch_size,
         gradient_accumulation_steps=arguments.accumulate,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if arguments.gradient_checkpointing else None,
         eval_strategy="no" if arguments.eval_data is None else "epoch",
         save_steps=arguments.save_steps,
         logging_steps=10,
@@ -72,6 +73,7 @@ def _training_arguments(arguments: argparse.Namespace) -> LiteTrainingArguments:
         report_to=arguments.report_to,
         use_cpu=on_cpu,
         bf16=arguments.dtype == "bfloat16" or (arguments.dtype == "auto" and not on_cpu),
+        **options,
     )
 
 

@@ -62,7 +62,7 @@ def test_from_data_to_a_selector_in_use(data, tmp_path, capsys):
 
     further = tmp_path / "further"
     options = ["--model", "embedded", "--layer", 1, "--device", "cpu", "--output", further, "--lite", lite]
-    assert train(data, *options, "--max-steps", 1, "--loss", "both") == 0
+    assert train(data, *options, "--max-steps", 1, "--loss", "both", "--gradient-checkpointing") == 0
     assert LiteSelector.from_pretrained(further).config == config
 
 
