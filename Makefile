@@ -63,7 +63,7 @@ $(VENV)/python: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip "setuptools>=77,<82" wheel ninja numpy
 	$(PIP) torch==$(TORCH) torchvision transformers==$(TRANSFORMERS)
-	USE_NATIVE=0 $(PIP) --no-build-isolation --editable .[video,dev]
+	USE_NATIVE=0 $(PIP) --no-build-isolation --editable .[train,dev]
 	touch $@
 
 $(VENV)/native: $(VENV)/python $(NATIVE)

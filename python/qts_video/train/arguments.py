@@ -61,6 +61,9 @@ class QTSplusArguments(transformers.TrainingArguments):
     prediction_loss_only: bool = field(
         default=True, metadata={"help": "Must stay true: logits are as ragged as the kept tokens"}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every step reaches every parameter: none need be searched for"}
+    )
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "Inputs that are labels"}
     )

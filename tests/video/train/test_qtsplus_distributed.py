@@ -10,7 +10,7 @@ import torch
 from qts_video.methods import QTSplus
 from small_training import PARTS, logged, make_trainer
 
-CASES = [{}, {"stage": 2, "gradient_accumulation_steps": 2}]
+CASES = [{}, {"stage": 2, "lora_rank": 2, "gradient_accumulation_steps": 2}]
 
 
 @pytest.mark.slow
@@ -18,11 +18,12 @@ def test_two_processes_are_one(tmp_path):
     """Distributed data parallel by gloo, without a search for unused parameters: every logged part and the selector."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = str(Path(__file__).with_name("two_processes.py"))
-    halves = [case | {"per_device_train_batch_size": 1, "ddp_find_unused_parameters": False} for case in CASES]
+    halves = [case | {"per_device_train_batch_size": 1} for case in CASES]
     done = subprocess.run(
         [*torchrun, script, str(tmp_path), json.dumps(halves)], capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "find_unused_parameters=True" not in done.stderr
     for number, case in enumerate(CASES):
         one = make_trainer(tmp_path / "one", **case)
         one.train()
