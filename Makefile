@@ -12,7 +12,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -nam
 # Tests that load a model in two processes at once run out of neither cores nor memory on the smallest machine.
 JOBS ?= 2
 
-.PHONY: demo test test-dropin lint bench gpu wheel wheel-matrix doctor clean
+.PHONY: demo test test-dropin lint bench gpu miniworld miniworld-report wheel wheel-matrix doctor clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/native  ## answer a question about a video, with and without selection
@@ -34,6 +34,15 @@ lint: $(VENV)/python  ## ruff and the import rules
 
 bench: $(VENV)/native  ## time every op against eager PyTorch and its peers, answers checked first
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+MINIWORLD := build/miniworld
+MINIWORLD_FIGURES := benchmarks/results/miniworld.json
+miniworld: $(VENV)/native  ## train the embedded model and its selectors, from scratch, from one seed
+	$(BIN)/python -m qts_video.miniworld train --output $(MINIWORLD)
+
+miniworld-report: $(VENV)/native  ## what selection costs in answers: tables in docs/miniworld.md
+	$(BIN)/python -m qts_video.miniworld report --model $(MINIWORLD) --json $(MINIWORLD_FIGURES) --markdown docs/miniworld.md
+	$(BIN)/python -m qts_video.miniworld publish --model $(MINIWORLD) --json $(MINIWORLD_FIGURES)
 
 gpu:  ## on a GPU machine: build, test, sanitize, benchmark, in one call
 	bash benchmarks/gpu.sh

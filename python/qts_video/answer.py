@@ -112,11 +112,12 @@ def runs_unpooled(model: Any, selector: Any) -> bool:
 
 
 def default_positions(model: Any, selector: Any, trained: Any = None) -> str:
-    """The positions of ``attach`` for ``selector`` where nobody says: "compact" for ``trained``, the selector of a
-    whole QTSplus checkpoint, which was trained so, and for unpooled frames, which have more places than a context;
-    else "original"."""
-    is_trained = selector is not None and selector is trained
-    return "compact" if is_trained or runs_unpooled(model, selector) else "original"
+    """The positions of ``attach`` for ``selector`` where nobody says: for ``trained``, the selector that came with the
+    model, its ``positions``, or else "compact", which whole QTSplus checkpoints were trained with; "compact" for
+    unpooled frames, which have more places than a context; else "original"."""
+    if selector is not None and selector is trained:
+        return getattr(trained, "positions", "compact")
+    return "compact" if runs_unpooled(model, selector) else "original"
 
 
 def prompt_length(model: Any, inputs: Prompt, selector: Any) -> int:

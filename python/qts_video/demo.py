@@ -1,4 +1,4 @@
-"""``qts demo``: a film made on the spot, a small model with random weights, answers with and without selection."""
+"""``qts demo``: a film made on the spot, a small model trained on such films, answers with and without selection."""
 
 import argparse
 import sys
@@ -10,77 +10,80 @@ from tqdm import tqdm
 
 from . import embedded
 from .answer import Answer, answer, prepare
-from .film import make_film
-from .methods import QTSplus, Uniform
+from .methods import Uniform
+from .miniworld.evaluate import one_of_each
+from .miniworld.film import write_film
+from .miniworld.questions import Question
+from .miniworld.world import FPS, sample_scene
 from .overlay import draw_selection
 from .video import Video, read_video
 
-QUESTION = "Which colour is the shape that moves?"
-FPS = 4.0
-NEW_TOKENS = 8
+FILM, SECONDS = 0, 60
+"""Which film of the miniature world's test split, and how long it is. The model was trained on other films."""
+NEW_TOKENS = 4
+BAR = "{desc:<24}{bar:30} {elapsed}"
 
 
 def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=7, desc="film", leave=False, disable=None, bar_format="{desc:<24}{bar:30} {elapsed}") as bar:
-        film = make_film(folder / "film.mp4")
+    scene = sample_scene("test", FILM, SECONDS)
+    questions = one_of_each(scene)
+    with tqdm(total=3 + len(questions), desc="film", leave=False, disable=None, bar_format=BAR) as bar:
+        film = write_film(folder / "film.mp4", scene)
         video = read_video(film, fps=FPS)
         bar.update()
         bar.set_description("model")
-        model, processor = embedded.build()
-        inputs = prepare(processor, video, QUESTION)
-        methods = _methods(model, arguments.retention_ratio)
+        model, processor, trained = embedded.load()
+        trained.retention_ratio = arguments.retention_ratio
+        methods = {"none": None, "uniform": Uniform(retention_ratio=arguments.retention_ratio), "qtsplus": trained}
         # The first calls pay for what later ones reuse; the table is about the later ones.
-        few = prepare(processor, _first_frames(video, 2), QUESTION)
+        few = prepare(processor, _first_frames(video, 2), questions[0].text)
         for selector in methods.values():
             answer(model, processor, few, selector, max_new_tokens=1)
         bar.update()
-        answers: dict[str, Answer] = {}
-        for name, selector in methods.items():
-            bar.set_description(f"answer, {name}")
-            answers[name] = answer(model, processor, inputs, selector, max_new_tokens=NEW_TOKENS)
+        said: list[dict[str, Answer]] = []
+        for question in questions:
+            bar.set_description(question.kind)
+            inputs = prepare(processor, video, question.text)
+            said.append(
+                {
+                    name: answer(model, processor, inputs, selector, max_new_tokens=NEW_TOKENS)
+                    for name, selector in methods.items()
+                }
+            )
             bar.update()
         bar.set_description("picture")
-        picture = _draw(folder / "selection.png", video, answers)
+        picture = _draw(folder / "selection.png", video, questions[0], said[0])
         bar.update()
-    print(_text(model, video, answers, picture))
+    print(_text(model, video, questions, said, picture))
     sys.stdout.flush()
     return 0
 
 
-def _methods(model: Any, retention_ratio: float) -> dict[str, Any]:
-    return {
-        "none": None,
-        "uniform": Uniform(retention_ratio=retention_ratio),
-        "qtsplus": QTSplus.from_language_model(model, retention_ratio=retention_ratio),
-    }
-
-
-def _draw(path: Path, video: Video, answers: dict[str, Answer]) -> Path:
+def _draw(path: Path, video: Video, question: Question, answers: dict[str, Answer]) -> Path:
     name, last = list(answers.items())[-1]
     return draw_selection(
         path,
         video.frames,
         last.report.videos[0],
-        title=f"“{QUESTION}”",
-        subtitle=f"{name} kept {last.kept:,} of {last.tokens:,} video tokens ({last.kept / last.tokens:.1%}). "
-        "The weights are random: this shows how selection works, not what a trained selector would choose.",
+        title=f"“{question.text}”  {last.text}",
+        subtitle=f"{name} kept {last.kept:,} of {last.tokens:,} video tokens ({last.kept / last.tokens:.1%}).",
     )
 
 
-def _text(model: Any, video: Video, answers: dict[str, Answer], picture: Path) -> str:
+def _text(model: Any, video: Video, questions: list[Question], said: list[dict[str, Answer]], picture: Path) -> str:
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    answers = said[0]
     full, (name, last) = answers["none"], list(answers.items())[-1]
     faster = full.timings["prefill"] / (last.timings["selection"] + last.timings["prefill"])
     height, width = video.frames.shape[-2:]
     lines = [
         "",
-        f"A Qwen2.5-VL with {parameters:.1f} million RANDOM weights watched a film that was made just now.",
-        "What it selects and answers means nothing; the code, the token counts, the times and the memory are real.",
+        f"A Qwen2.5-VL with {parameters:.1f} million weights, trained on films of moving shapes, watched one that it "
+        "never saw.",
         "",
         f"film      {video.source}: {video.duration:.0f} s, {len(video.frames)} frames of {width}x{height} sampled",
-        f"question  {QUESTION}",
         f"device    {_device(model)}",
         "",
         *table(answers),
@@ -88,11 +91,26 @@ def _text(model: Any, video: Video, answers: dict[str, Answer], picture: Path) -
         f"{name}: {last.tokens / last.kept:.1f}x fewer video tokens for the language model, and choosing and reading "
         f"them took {faster:.1f}x less time.",
         "",
-        *(f"answer    {name}: {one.text!r}" for name, one in answers.items()),
+        *_answers(questions, said),
         "",
         f"picture   {picture}",
     ]
     return "\n".join(lines)
+
+
+def _answers(questions: list[Question], said: list[dict[str, Answer]]) -> list[str]:
+    """One line a question: the truth, and what was answered with each method."""
+    names = list(said[0])
+    rows = [("question", "truth", *names)]
+    rows += [
+        (question.text, question.answer, *(answers[name].text for name in names))
+        for question, answers in zip(questions, said, strict=True)
+    ]
+    right = [sum(answers[name].text == q.answer for q, answers in zip(questions, said, strict=True)) for name in names]
+    rows.append(("right", str(len(questions)), *map(str, right)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 
 def table(answers: dict[str, Answer]) -> list[str]:

@@ -79,7 +79,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
     try:
         check_version(transformers.__version__)
         if is_embedded(name):
-            return *_embedded(name, dtype, device), None
+            return _embedded(name, dtype, device)
         model, processor, trained = load_model(
             name, dtype=dtype, device=device, trust_remote_code=arguments.trust_remote_code
         )
@@ -89,17 +89,23 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def is_embedded(name: str) -> bool:
-    """Whether ``--model`` names a built-in model with random weights: "embedded" or "embedded:FAMILY"."""
+    """Whether ``--model`` names a built-in model: "embedded", or "embedded:FAMILY" with random weights."""
     return name.split(":")[0] == EMBEDDED
 
 
-def _embedded(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
+def _embedded(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, Any]:
     from . import embedded
 
     _, _, family = name.partition(":")
-    model, processor = embedded.build(*[family] if family else [])
-    print("the embedded model has random weights: what it selects and answers means nothing", file=sys.stderr)
-    return model.to(device, dtype), processor
+    if family:
+        model, processor = embedded.build(family)
+        print("the embedded model has random weights: what it selects and answers means nothing", file=sys.stderr)
+        return model.to(device, dtype), processor, None
+    model, processor, selector = embedded.load()
+    print(
+        "the embedded model knows the films of qts_video.miniworld and their questions, nothing else", file=sys.stderr
+    )
+    return model.to(device, dtype), processor, selector.to(device, dtype)
 
 
 def choose(arguments: argparse.Namespace, method: str, model: Any, processor: Any, trained: Any) -> Any:

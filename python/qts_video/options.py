@@ -16,7 +16,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="PATH_OR_HUB_ID",
         help="a checkpoint of a known video model, a whole QTSplus checkpoint, or 'embedded': a small built-in "
-        "Qwen2.5-VL with random weights, whose answers mean nothing ('embedded:FAMILY' for another family)",
+        "Qwen2.5-VL that knows films of coloured shapes (docs/miniworld.md), with its selector; 'embedded:FAMILY' has "
+        "random weights, and its answers mean nothing",
     )
     parser.add_argument(
         "--trust-remote-code",

@@ -29,14 +29,14 @@ def embedded_model():
 
 @pytest.fixture
 def plot(embedded_model, monkeypatch, capsys, tmp_path):
-    """``qts plot ARGUMENTS --model embedded --output FILE``; the model is built once."""
+    """``qts plot ARGUMENTS --model embedded:qwen2_5_vl --output FILE``; the model is built once."""
     from qts_video import embedded
 
     monkeypatch.setattr(embedded, "build", lambda *_: embedded_model)
 
     def run(*arguments: str, output: str = "a.png"):
         path = tmp_path / output
-        status = main(["plot", *arguments, "--model", "embedded", "--output", str(path)])
+        status = main(["plot", *arguments, "--model", "embedded:qwen2_5_vl", "--output", str(path)])
         out, err = capsys.readouterr()
         return status, out, err, path
 
@@ -113,7 +113,7 @@ class TestCommand:
         assert table["0"][0] in ("0.0 %", "33.3 %")
         assert lines[6:] == [
             "best layer: 1",
-            "use it: qts ask VIDEO QUESTION --model embedded --method flexselect --layer 1 --reduce mean",
+            "use it: qts ask VIDEO QUESTION --model embedded:qwen2_5_vl --method flexselect --layer 1 --reduce mean",
             f"picture {path}",
         ]
 

@@ -29,7 +29,7 @@ def scorer(tmp_path_factory):
 
 @pytest.fixture
 def ask(film, capsys):
-    def run(*options, questions=("What moves?",), model="embedded"):
+    def run(*options, questions=("What moves?",), model="embedded:qwen2_5_vl"):
         start = ["ask", film, *questions, "--model", model, "--method", "quota", "--max-new-tokens", "2", "--json"]
         status = main([*start, *options])
         out, err = capsys.readouterr()
@@ -110,12 +110,12 @@ def test_options_that_cannot_be_used(ask, options, message):
 
 
 def test_the_scorer_belongs_to_quota(film, capsys):
-    assert main(["ask", film, "What?", "--model", "embedded", "--method", "uniform", "--mode", "merge"]) == 2
+    assert main(["ask", film, "What?", "--model", "embedded:qwen2_5_vl", "--method", "uniform", "--mode", "merge"]) == 2
     assert "--mode belongs to --method quota, got uniform" in capsys.readouterr().err
 
 
 def test_a_timeline_of_two_questions(film, tmp_path):
-    command = ["plot", "timeline", film, "What?", "Where?", "--model", "embedded", "--method", "quota,uniform"]
+    command = ["plot", "timeline", film, "What?", "Where?", "--model", "embedded:qwen2_5_vl", "--method", "quota,uniform"]
     output = tmp_path / "timeline.png"
     assert main([*command, "--scorer", "model", "--max-tokens", "12", "--output", str(output)]) == 0
     assert output.stat().st_size > 0

@@ -1,7 +1,8 @@
 """Small models that need no download: the real model and processor classes, random weights, few tokens.
 
-They exist for ``qts demo`` and for tests, one of every family that a selector can be attached to. Their answers mean
-nothing; their prompts, their token counts and their code paths are those of the checkpoints that people run.
+They exist for tests, one of every family that a selector can be attached to. Their answers mean nothing; their prompts,
+their token counts and their code paths are those of the checkpoints that people run. ``load`` gives one that was
+trained: it answers questions about the films of ``qts_video.miniworld``.
 """
 
 from importlib import import_module
@@ -11,6 +12,23 @@ from typing import Any
 import torch
 
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl", "llava_onevision", "llava_next_video", "internvl")
+
+
+TRAINED = Path(__file__).parent / "trained"
+"""The model that was trained in the miniature world, and its selectors; README.md says how and how well."""
+
+
+def load() -> tuple[Any, Any, Any]:
+    """(model, processor, QTSplus selector) that were trained in the miniature world: float32, in eval mode. The
+    selector's ``positions`` are those that it was trained with, "original"."""
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    from qts_video.methods import QTSplus
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(TRAINED / "model", dtype=torch.float32)
+    selector = QTSplus.from_pretrained(TRAINED / "qtsplus").float()
+    selector.positions = "original"
+    return model.eval(), AutoProcessor.from_pretrained(TRAINED / "model"), selector
 
 
 def build(model_type: str = "qwen2_5_vl", seed: int = 0) -> tuple[Any, Any]:

@@ -12,11 +12,16 @@ import torch
 from qts_video.answer import Prompt, prepare
 from qts_video.attach import attach
 from qts_video.cache import VideoCache
+from qts_video.plot.probe import Probe, number_of_layers
+from qts_video.plot.recall import recall_at_k
 from qts_video.video import Video
 
 from .questions import KINDS, Question, all_questions
 from .render import cells, render
 from .world import CELLS, FPS, Scene, sample_scene
+
+FRAMES_PER_SET = 128
+"""Steps that FlexSelect scores at once: all of the longest film's."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,22 @@ def ask(
                         found = torch.isin(held, kept).float().mean().item()
                     right = processor.tokenizer.decode([said]).strip() == question.answer
                     yield Outcome(question.kind, name, right, found)
+
+
+@torch.inference_mode()
+def recall_by_layer(model: Any, processor: Any, scenes: list[Scene]) -> dict[int, list[float]]:
+    """Of each layer, Recall@K of every question, K being the tokens of its needle."""
+    found: dict[int, list[float]] = {layer: [] for layer in range(number_of_layers(model))}
+    probe = Probe(list(found), reduce="max", query="prompt", frames_per_set=FRAMES_PER_SET)
+    with attach(model, probe, tokenizer=processor.tokenizer):
+        for scene in scenes:
+            questions = one_of_each(scene)
+            first = prepare(processor, as_video(scene), questions[0].text)
+            for question in questions:
+                model(**_reworded(processor, first, question.text), logits_to_keep=1)
+                for layer, scores in probe.relevance.items():
+                    found[layer].append(recall_at_k(scores, needle(question)))
+    return found
 
 
 def _reworded(processor: Any, prompt: Prompt, text: str) -> Prompt:

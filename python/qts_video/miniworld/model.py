@@ -43,8 +43,9 @@ def build_model(processor: Any, seed: int = 0) -> Qwen2_5_VLForConditionalGenera
             "num_key_value_heads": HEADS,
             "vocab_size": len(tokenizer),
             "max_position_embeddings": 32768,
-            # Of 16 frequencies, half are time's: from one radian a second, to a turn in about three minutes.
-            "rope_theta": 1000.0,
+            # Of 16 frequencies, half are time's, from one radian a second to one in 150 s; rows and columns get slower
+            # ones, so that what a token shows can be matched at any distance.
+            "rope_theta": 100000.0,
             "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [8, 4, 4]},
             "initializer_range": 0.04,
             "tie_word_embeddings": False,
@@ -73,8 +74,10 @@ def build_model(processor: Any, seed: int = 0) -> Qwen2_5_VLForConditionalGenera
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
-    with torch.no_grad():  # words of the size of the vision tower's tokens
-        model.get_input_embeddings().weight.mul_(8)
+    with torch.no_grad():  # a word is said as it is read; those that are read are of the vision tower's tokens' size
+        words = model.get_input_embeddings().weight
+        model.lm_head.weight.copy_(words)
+        words.mul_(8)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model

@@ -1,0 +1,73 @@
+"""``python -m qts_video.miniworld``: train the model and its selectors, report how they do, write a film."""
+
+import argparse
+from pathlib import Path
+
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m qts_video.miniworld", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="from scratch, from one seed")
+    train.add_argument("--output", type=Path, required=True)
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--processes", type=int, default=2)
+    report = commands.add_parser("report", help="accuracy by method and share of tokens kept")
+    report.add_argument("--model", type=Path, required=True, help="folder that train wrote")
+    report.add_argument("--films", type=int, default=40, help="of each length, in each of three runs")
+    report.add_argument("--json", type=Path, required=True)
+    report.add_argument("--markdown", type=Path, required=True, help="page whose part behind its mark is written anew")
+    publish = commands.add_parser("publish", help="make what was trained the embedded model")
+    publish.add_argument("--model", type=Path, required=True, help="folder that train wrote")
+    publish.add_argument("--json", type=Path, required=True, help="that report wrote, for the model card")
+    publish.add_argument("--seed", type=int, default=0, help="that it was trained from (default: %(default)s)")
+    film = commands.add_parser("film", help="an mp4, and the questions about it")
+    film.add_argument("path", type=Path)
+    film.add_argument("--number", type=int, default=0)
+    film.add_argument("--seconds", type=int, default=30)
+    arguments = parser.parse_args()
+    {"train": _train, "report": _report, "publish": _publish, "film": _film}[arguments.command](arguments)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from .train import Recipe, train
+
+    train(arguments.output, Recipe(seed=arguments.seed, processes=arguments.processes))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from .report import markdown, report, to_json
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(arguments.model / "model").float().eval()
+    processor = AutoProcessor.from_pretrained(arguments.model / "model")
+    found = report(model, processor, arguments.model, arguments.films)
+    arguments.json.write_text(to_json(found))
+    page = arguments.markdown.read_text()
+    before, mark, _ = page.partition(MARK)
+    arguments.markdown.write_text(before + mark + "\n\n" + markdown(found))
+
+
+def _publish(arguments: argparse.Namespace) -> None:
+    from .publish import publish
+
+    publish(arguments.model, arguments.json, arguments.seed)
+
+
+MARK = "<!-- what follows is written by make miniworld-report -->"
+
+
+def _film(arguments: argparse.Namespace) -> None:
+    from .film import write_film
+    from .questions import all_questions
+    from .world import sample_scene
+
+    scene = sample_scene("test", arguments.number, arguments.seconds)
+    print(write_film(arguments.path, scene))
+    for questions in all_questions(scene).values():
+        for question in questions:
+            print(f"{question.text}  {question.answer}")
+
+
+if __name__ == "__main__":
+    main()
