@@ -367,7 +367,8 @@ def test_demo(tmp_path, capsys):
     assert total > 900
     for name in ("uniform", "qtsplus"):
         assert int(rows[name][2].replace(",", "")) == -(-total // 10)
-    questions, none, uniform, qtsplus = map(int, next(line for line in out.splitlines() if line[:5] == "right").split()[1:])
+    right = next(line for line in out.splitlines() if line.startswith("right"))
+    questions, none, uniform, qtsplus = map(int, right.split()[1:])
     assert none == questions
     assert qtsplus >= questions - 1
     assert uniform < qtsplus

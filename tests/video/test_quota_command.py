@@ -115,7 +115,8 @@ def test_the_scorer_belongs_to_quota(film, capsys):
 
 
 def test_a_timeline_of_two_questions(film, tmp_path):
-    command = ["plot", "timeline", film, "What?", "Where?", "--model", "embedded:qwen2_5_vl", "--method", "quota,uniform"]
+    model = ["--model", "embedded:qwen2_5_vl"]
+    command = ["plot", "timeline", film, "What?", "Where?", *model, "--method", "quota,uniform"]
     output = tmp_path / "timeline.png"
     assert main([*command, "--scorer", "model", "--max-tokens", "12", "--output", str(output)]) == 0
     assert output.stat().st_size > 0

@@ -2,7 +2,6 @@
 ``attach``, the model's forward."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from qts_video.answer import Prompt, prepare
 from qts_video.attach import attach
 from qts_video.cache import VideoCache
+from qts_video.methods import Uniform
 from qts_video.plot.probe import Probe, number_of_layers
 from qts_video.plot.recall import recall_at_k
 from qts_video.video import Video
@@ -20,6 +20,8 @@ from .questions import KINDS, Question, all_questions
 from .render import cells, render
 from .world import CELLS, FPS, Scene, sample_scene
 
+ALL_TOKENS = Uniform(retention_ratio=1.0)
+"""Keeps everything, which is the model alone bit for bit, and encodes a film once for all its questions."""
 FRAMES_PER_SET = 128
 """Steps that FlexSelect scores at once: all of the longest film's."""
 
@@ -66,7 +68,7 @@ def films(split: str, first: int, count: int, seconds: tuple[int, int]) -> list[
 def ask(
     model: Any, processor: Any, scenes: list[Scene], selectors: Mapping[str, Any], *, positions: str = "original"
 ) -> Iterator[Outcome]:
-    """Every film, one question of each kind, every selector (None: all tokens). The answer is the likeliest word."""
+    """Every film, one question of each kind, every selector. The answer is the likeliest word."""
     for scene in scenes:
         questions = one_of_each(scene)
         video = as_video(scene)
@@ -74,18 +76,10 @@ def ask(
         prompts = [first, *(_reworded(processor, first, question.text) for question in questions[1:])]
         cache = VideoCache()
         for name, selector in selectors.items():
-            attached = (
-                nullcontext()
-                if selector is None
-                else attach(model, selector, tokenizer=processor.tokenizer, positions=positions, cache=cache)
-            )
-            with attached as handle:
+            with attach(model, selector, tokenizer=processor.tokenizer, positions=positions, cache=cache) as handle:
                 for question, prompt in zip(questions, prompts, strict=True):
                     said = int(model(**prompt, logits_to_keep=1).logits[0, -1].argmax())
-                    held, found = needle(question), 1.0
-                    if handle is not None:
-                        kept = handle.last.videos[0].indices
-                        found = torch.isin(held, kept).float().mean().item()
+                    found = torch.isin(needle(question), handle.last.videos[0].indices).float().mean().item()
                     right = processor.tokenizer.decode([said]).strip() == question.answer
                     yield Outcome(question.kind, name, right, found)
 

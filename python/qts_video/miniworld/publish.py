@@ -42,11 +42,23 @@ def publish(folder: Path, figures: Path, seed: int, destination: Path = TRAINED)
     shutil.rmtree(destination, ignore_errors=True)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float16)
     model.save_pretrained(destination / "model")
+    _for_every_version(destination / "model" / "config.json")
     AutoProcessor.from_pretrained(folder / "model").save_pretrained(destination / "model")
     QTSplus.from_pretrained(folder / "qtsplus").half().save_pretrained(destination / "qtsplus")
     LiteSelector.from_pretrained(folder / "lite").half().save_pretrained(destination / "lite")
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     (destination / "README.md").write_text(_card(found, parameters, seed))
+
+
+def _for_every_version(path: Path) -> None:
+    """Rotary settings under the names that transformers 4 reads and 5 still does: those of 5 are unknown to 4."""
+    config = json.loads(path.read_text())
+    text = config["text_config"]
+    if (rotary := text.pop("rope_parameters", None)) is not None:
+        text["rope_theta"] = rotary.pop("rope_theta")
+        text["rope_scaling"] = rotary
+    config["vision_config"].pop("rope_parameters", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _card(found: dict[str, Any], parameters: float, seed: int) -> str:

@@ -49,11 +49,11 @@ class Recipe:
     sight_steps: int = 800
     sight_batch: int = 64
     sight_rate: float = 2e-3
-    language_steps: int = 1400
+    language_steps: int = 1600
     language_batch: int = 64
     language_questions: int = 8
     language_rate: float = 2e-3
-    selector_steps: int = 300
+    selector_steps: int = 1200
     selector_batch: int = 32
     selector_rate: float = 1e-3
     lite_steps: int = 600
@@ -209,11 +209,13 @@ def _train_selector(
     selector = QTSplus.from_language_model(model, tau_s=0.02, n_max=512, seed=recipe.seed, **SELECTORS[name]).selector
     selector.train()
     parameters = [parameter for _, parameter in selector.trained_parameters()]
-    lesson = Lesson(parameters, recipe.selector_rate, recipe.selector_steps, rank, processes, log)
+    # What scores is found in a few minutes; what re-encodes takes longer, to leave alone what was right.
+    steps = recipe.selector_steps if selector.config["reencode_layers"] else recipe.selector_steps // 4
+    lesson = Lesson(parameters, recipe.selector_rate, steps, rank, processes, log)
     batch = recipe.selector_batch // processes
-    for step in range(recipe.selector_steps):
+    for step in range(steps):
         random = np.random.default_rng((recipe.seed, step))
-        easy = step < 0.3 * recipe.selector_steps
+        easy = step < 0.3 * steps
         seconds = int(random.integers(8, 25)) if easy else int(random.choice(_SELECTOR_SECONDS))
         ratio = max(_RATIOS) if easy else float(random.choice(_RATIOS))
         first = 5_000_000 + (step * processes + rank) * batch
