@@ -41,7 +41,7 @@ miniworld: $(VENV)/native  ## train the embedded model and its selectors, from s
 	$(BIN)/python -m qts_video.miniworld train --output $(MINIWORLD)
 
 miniworld-report: $(VENV)/native  ## what selection costs in answers: tables in docs/miniworld.md
-	$(BIN)/python -m qts_video.miniworld report --model $(MINIWORLD) --json $(MINIWORLD_FIGURES) --markdown docs/miniworld.md
+	$(BIN)/python -m qts_video.miniworld report --model $(MINIWORLD) --json $(MINIWORLD_FIGURES) --markdown docs/miniworld.md --summary README.md
 	$(BIN)/python -m qts_video.miniworld publish --model $(MINIWORLD) --json $(MINIWORLD_FIGURES)
 
 gpu:  ## on a GPU machine: build, test, sanitize, benchmark, in one call

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
+BEGIN, END = "<!-- written by make miniworld-report -->", "<!-- end of what make miniworld-report writes -->"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m qts_video.miniworld", description=__doc__)
@@ -17,7 +19,10 @@ def main() -> None:
     report.add_argument("--model", type=Path, required=True, help="folder that train wrote")
     report.add_argument("--films", type=int, default=40, help="of each length, in each of three runs")
     report.add_argument("--json", type=Path, required=True)
-    report.add_argument("--markdown", type=Path, required=True, help="page whose part behind its mark is written anew")
+    report.add_argument(
+        "--markdown", type=Path, required=True, help="page whose part between its marks is written anew"
+    )
+    report.add_argument("--summary", type=Path, help="another one, with the means alone")
     publish = commands.add_parser("publish", help="make what was trained the embedded model")
     publish.add_argument("--model", type=Path, required=True, help="folder that train wrote")
     publish.add_argument("--json", type=Path, required=True, help="that report wrote, for the model card")
@@ -37,24 +42,30 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from .report import markdown, report, to_json
+    from .report import markdown, report, summary, to_json
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(arguments.model / "model").float().eval()
     processor = AutoProcessor.from_pretrained(arguments.model / "model")
     found = report(model, processor, arguments.model, arguments.films)
     arguments.json.write_text(to_json(found))
-    page = arguments.markdown.read_text()
-    before, mark, _ = page.partition(MARK)
-    arguments.markdown.write_text(before + mark + "\n\n" + markdown(found))
+    _write(arguments.markdown, markdown(found))
+    if arguments.summary is not None:
+        _write(arguments.summary, summary(found))
+
+
+def _write(path: Path, text: str) -> None:
+    """Put ``text`` between the two marks of a page."""
+    before, begin, rest = path.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{path} must have {BEGIN!r} and behind it {END!r}")
+    path.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 def _publish(arguments: argparse.Namespace) -> None:
     from .publish import publish
 
     publish(arguments.model, arguments.json, arguments.seed)
-
-
-MARK = "<!-- what follows is written by make miniworld-report -->"
 
 
 def _film(arguments: argparse.Namespace) -> None:

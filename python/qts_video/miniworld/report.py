@@ -120,5 +120,19 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(found: dict[str, Any]) -> str:
+    """The means over the kinds alone, in one table."""
+    accuracy, ratios = found["accuracy"], [f"{ratio:g}" for ratio in RATIOS]
+    heads = [f"{seconds} s, {float(ratio):.0%}" for seconds in SECONDS for ratio in ratios]
+    lines = [f"| right answers, % | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    full = [_percent(accuracy[str(seconds)]["all tokens"]["all"]) for seconds in SECONDS for _ in ratios]
+    lines.append(f"| all tokens | {' | '.join(full)} |")
+    names = dict.fromkeys(name.partition("|")[0] for name in accuracy[str(SECONDS[0])] if "|" in name)
+    for name in names:
+        row = [_percent(accuracy[str(seconds)][f"{name}|{ratio}"]["all"]) for seconds in SECONDS for ratio in ratios]
+        lines.append(f"| {name} | {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
