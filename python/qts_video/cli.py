@@ -64,8 +64,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser(
         "demo",
         help="see selection at work on a film made on the spot; needs no network and no checkpoint",
-        description="Makes a short film, asks a small Qwen2.5-VL with random weights about it with and without "
-        "selection, prints what that took and draws what was kept.",
+        description="Makes a short film, asks a small Qwen2.5-VL that was trained on such films about it with and "
+        "without selection, prints the answers, what they took, and draws what was kept.",
     )
     demo.add_argument(
         "--output",

@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,18 +33,19 @@ def draw_selection(
         frames: [F, 3, H, W] in 0..255, the sampled frames; several frames share a step of the token grid.
         report: of this video, from ``handle.last.videos``.
         title, subtitle: plain text; the title is wrapped.
-        max_panels: frames shown, spread evenly over the steps of the token grid.
+        max_panels: frames shown: of as many equal stretches of the video, the most relevant step of each; without
+            relevance, steps that are spread evenly.
     """
     # Not pyplot: no global state, no window system, nothing in the way of the user's own figures.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps, rows, columns = report.grid
-    shown = np.linspace(0, steps - 1, min(max_panels, steps)).round().astype(int)
     frames_per_step = math.ceil(len(frames) / steps)
     kept = np.zeros((steps, rows, columns), bool)
     kept.reshape(-1)[report.indices.numpy()] = True
     scores = None if report.scores is None else report.scores.numpy().reshape(steps, rows, columns)
+    shown = _steps_shown(steps, min(max_panels, steps), scores)
 
     panel_width = (WIDTH - LEFT - RIGHT - GAP * (len(shown) - 1)) / len(shown)
     panel_width = min(panel_width, 5 * frames.shape[-1] / frames.shape[-2])
@@ -89,6 +91,14 @@ def draw_selection(
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
     return path
+
+
+def _steps_shown(steps: int, panels: int, scores: np.ndarray | None) -> np.ndarray:
+    if scores is None:
+        return np.linspace(0, steps - 1, panels).round().astype(int)
+    best = np.nan_to_num(scores, nan=-np.inf).reshape(steps, -1).max(axis=1)
+    starts = np.arange(panels + 1) * steps // panels
+    return np.array([start + best[start:stop].argmax() for start, stop in pairwise(starts)])
 
 
 def _light(frame: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
-
 BEGIN, END = "<!-- written by make miniworld-report -->", "<!-- end of what make miniworld-report writes -->"
 
 
@@ -17,7 +15,8 @@ def main() -> None:
     train.add_argument("--processes", type=int, default=2)
     report = commands.add_parser("report", help="accuracy by method and share of tokens kept")
     report.add_argument("--model", type=Path, required=True, help="folder that train wrote")
-    report.add_argument("--films", type=int, default=40, help="of each length, in each of three runs")
+    report.add_argument("--films", type=int, default=15, help="of each length, in each of three runs")
+    report.add_argument("--processes", type=int, default=2)
     report.add_argument("--json", type=Path, required=True)
     report.add_argument(
         "--markdown", type=Path, required=True, help="page whose part between its marks is written anew"
@@ -44,9 +43,7 @@ def _train(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from .report import markdown, report, summary, to_json
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(arguments.model / "model").float().eval()
-    processor = AutoProcessor.from_pretrained(arguments.model / "model")
-    found = report(model, processor, arguments.model, arguments.films)
+    found = report(arguments.model, arguments.films, arguments.processes)
     arguments.json.write_text(to_json(found))
     _write(arguments.markdown, markdown(found))
     if arguments.summary is not None:

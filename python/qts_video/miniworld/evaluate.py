@@ -13,7 +13,7 @@ from qts_video.attach import attach
 from qts_video.cache import VideoCache
 from qts_video.methods import Uniform
 from qts_video.plot.probe import Probe, number_of_layers
-from qts_video.plot.recall import recall_at_k
+from qts_video.plot.recall import best_layer, recall_at_k
 from qts_video.video import Video
 
 from .questions import KINDS, Question, all_questions
@@ -22,6 +22,8 @@ from .world import CELLS, FPS, Scene, sample_scene
 
 ALL_TOKENS = Uniform(retention_ratio=1.0)
 """Keeps everything, which is the model alone bit for bit, and encodes a film once for all its questions."""
+VALIDATED = 30
+"""Films by which the reference layer is chosen."""
 FRAMES_PER_SET = 128
 """Steps that FlexSelect scores at once: all of the longest film's."""
 
@@ -98,6 +100,12 @@ def recall_by_layer(model: Any, processor: Any, scenes: list[Scene]) -> dict[int
                 for layer, scores in probe.relevance.items():
                     found[layer].append(recall_at_k(scores, needle(question)))
     return found
+
+
+def reference_layer(model: Any, processor: Any) -> tuple[int, dict[int, list[float]]]:
+    """The layer whose Recall@K over validation films of half a minute is best, and that of all layers."""
+    recalls = recall_by_layer(model, processor, films("validation", 0, VALIDATED, (30, 30)))
+    return best_layer(recalls), recalls
 
 
 def _reworded(processor: Any, prompt: Prompt, text: str) -> Prompt:

@@ -14,10 +14,11 @@ from qts_video.train.lite import LiteTrainer, LiteTrainingArguments
 from qts_video.train.teacher import Teacher
 
 from .evaluate import as_video
+from .model import MROPE_SECTION, ROPE_THETA
 from .questions import sample_questions
 from .world import sample_scene
 
-SIZES = {"hidden_size": 64, "intermediate_size": 160, "layers": 3, "heads": 2, "kv_heads": 2, "rope_theta": 1e5}
+LAYERS = 2
 
 
 class Films(torch.utils.data.Dataset):
@@ -47,6 +48,25 @@ class _Log(TrainerCallback):
             self.log(f"lite {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.3f}")
 
 
+def build_student(model: Any) -> LiteSelector:
+    """The first layers of ``model`` itself: the published selectors started from a small language model, too. The
+    projector is random."""
+    text = model.config.text_config
+    student = LiteSelector.build(
+        model,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        layers=LAYERS,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        rope_theta=ROPE_THETA,
+        mrope_section=MROPE_SECTION,
+    ).float()
+    source = model.model.language_model.state_dict()
+    student.decoder.load_state_dict({name: source[name] for name in student.decoder.state_dict()})
+    return student
+
+
 def train_lite(
     model: Any,
     processor: Any,
@@ -62,7 +82,7 @@ def train_lite(
         options: of ``LiteTrainingArguments``.
     """
     teacher = Teacher(model, layer, tokenizer=processor.tokenizer)
-    student = LiteSelector.build(model, seed=0, **SIZES).float()
+    student = build_student(model)
     arguments = LiteTrainingArguments(
         str(folder), logging_steps=20, save_strategy="no", disable_tqdm=True, lr_scheduler_type="cosine", **options
     )

@@ -15,6 +15,9 @@ from .tokenizer import CHAT_TEMPLATE, build_tokenizer
 from .world import MERGE, PATCH, SIDE
 
 HIDDEN, FEED_FORWARD, LAYERS, HEADS = 128, 320, 4, 4
+# Of 16 frequencies, half are time's, from one radian a second to one in 150 s; rows and columns get slower ones, so
+# that what a token shows can be matched at any distance.
+ROPE_THETA, MROPE_SECTION = 100000.0, (8, 4, 4)
 
 
 def build_processor() -> Qwen2_5_VLProcessor:
@@ -43,10 +46,8 @@ def build_model(processor: Any, seed: int = 0) -> Qwen2_5_VLForConditionalGenera
             "num_key_value_heads": HEADS,
             "vocab_size": len(tokenizer),
             "max_position_embeddings": 32768,
-            # Of 16 frequencies, half are time's, from one radian a second to one in 150 s; rows and columns get slower
-            # ones, so that what a token shows can be matched at any distance.
-            "rope_theta": 100000.0,
-            "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [8, 4, 4]},
+            "rope_theta": ROPE_THETA,
+            "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": list(MROPE_SECTION)},
             "initializer_range": 0.04,
             "tie_word_embeddings": False,
             "bos_token_id": None,

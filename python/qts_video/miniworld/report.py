@@ -3,17 +3,21 @@
 import json
 import platform
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from tqdm import tqdm
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from qts_video.methods import FlexSelect, QTSplus, QuoTA, Random, Uniform
-from qts_video.plot.recall import best_layer
+from qts_video.plot.probe import number_of_layers
 
-from .evaluate import ALL_TOKENS, FRAMES_PER_SET, Outcome, accuracy, ask, films, recall_by_layer
+from .evaluate import ALL_TOKENS, FRAMES_PER_SET, Outcome, accuracy, ask, films, reference_layer
 from .questions import KINDS
 
 RATIOS = (0.25, 0.1, 0.05)
@@ -24,40 +28,36 @@ _TRAINED = {
     "qtsplus-no-reencoder": "QTSplus without re-encoder",
     "qtsplus-no-time": "QTSplus without time",
 }
+_COMPACT = {"qtsplus-compact": "QTSplus", "qtsplus-compact-no-time": "QTSplus without time"}
 
 
-def methods(folder: Path, layer: int, ratio: float) -> dict[str, Any]:
-    """Every selector that can be had from ``folder``, at one ratio."""
-    made = {
-        "uniform": Uniform(retention_ratio=ratio),
-        "random": Random(retention_ratio=ratio),
-        "FlexSelect": FlexSelect(layer=layer, retention_ratio=ratio, frames_per_set=FRAMES_PER_SET),
-        "QuoTA, relevance": QuoTA("relevance", total_tokens=None, retention_ratio=ratio),
-    }
-    for name, title in _TRAINED.items():
-        if (folder / name).is_dir():
-            made[title] = QTSplus.from_pretrained(folder / name, retention_ratio=ratio)
-    if (folder / "lite").is_dir():
-        made["FlexSelect-Lite"] = FlexSelect.lite(folder / "lite", retention_ratio=ratio, frames_per_set=FRAMES_PER_SET)
-    return made
+def load(folder: Path) -> tuple[Any, Any]:
+    """The model of ``folder``, float32 in eval mode, and its processor."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(folder / "model")
 
 
 def report(
-    model: Any, processor: Any, folder: Path, count: int, log: Callable[[str], None] = print, split: str = "test"
+    folder: Path, count: int, processes: int = 1, log: Callable[[str], None] = print, split: str = "test"
 ) -> dict[str, Any]:
-    """All figures. ``count`` films of each length in each of ``RUNS`` runs, no film twice."""
-    recalls = recall_by_layer(model, processor, films("validation", 0, count, (30, 30)))
-    layer = best_layer(recalls)
+    """All figures of what ``train`` wrote. ``count`` films of each length in each of ``RUNS`` runs, no film twice."""
+    layer, recalls = reference_layer(*load(folder))
     log(f"Recall@K by layer: { {one: round(float(np.mean(of)), 3) for one, of in recalls.items()} }")
-    selectors: dict[str, Any] = {"all tokens": ALL_TOKENS}
-    for ratio in RATIOS:
-        selectors |= {f"{name}|{ratio}": one for name, one in methods(folder, layer, ratio).items()}
-    lengths: dict[str, Any] = {"8-16": _runs(model, processor, {"all tokens": ALL_TOKENS}, 2 * count, (8, 16), split)}
-    layers = {str(one): FlexSelect(layer=one, retention_ratio=0.1, frames_per_set=FRAMES_PER_SET) for one in recalls}
-    by_layer = _runs(model, processor, layers, count, (30, 30), split)
-    for seconds in SECONDS:
-        lengths[str(seconds)] = _runs(model, processor, selectors, count, (seconds, seconds), split)
-        log(f"{seconds} s: {json.dumps({k: v['all'] for k, v in lengths[str(seconds)].items()})}")
+    parts = {"layers": ("layers", (30, 30)), "compact": ("compact", (30, 30)), "8-16": ("all tokens", (8, 16))}
+    parts |= {str(seconds): ("methods", (seconds, seconds)) for seconds in SECONDS}
+    tasks = [
+        (folder, layer, kind, seconds, split, run * count, count)
+        for kind, seconds in parts.values()
+        for run in range(RUNS)
+    ]
+    with ExitStack() as stack:
+        run_all = map
+        if processes > 1:
+            spawn = torch.multiprocessing.get_context("spawn")
+            run_all = stack.enter_context(ProcessPoolExecutor(processes, mp_context=spawn)).map
+        runs = list(tqdm(run_all(_one_run, tasks), total=len(tasks), desc="runs", disable=None))
+    figures = {name: _figures(runs[RUNS * n : RUNS * (n + 1)]) for n, name in enumerate(parts)}
+    by_layer, compact = figures.pop("layers"), figures.pop("compact")
     return {
         "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}",
@@ -67,17 +67,50 @@ def report(
         "flexselect_layer": layer,
         "recall_by_layer": {str(one): float(np.mean(of)) for one, of in recalls.items()},
         "accuracy_by_layer": {one: row["all"] for one, row in by_layer.items()},
-        "accuracy": lengths,
+        "accuracy_at_compact_positions": compact,
+        "accuracy": figures,
     }
 
 
-def _runs(
-    model: Any, processor: Any, selectors: dict[str, Any], count: int, seconds: tuple[int, int], split: str
-) -> dict[str, Any]:
+def _one_run(task: tuple[Path, int, str, tuple[int, int], str, int, int]) -> list[Outcome]:
+    folder, layer, kind, seconds, split, first, count = task
+    torch.set_num_threads(1)
+    model, processor = load(folder)
+    positions = "compact" if kind == "compact" else "original"
+    selectors = _selectors(folder, layer, kind, model)
+    return list(ask(model, processor, films(split, first, count, seconds), selectors, positions=positions))
+
+
+def _selectors(folder: Path, layer: int, kind: str, model: Any) -> dict[str, Any]:
+    if kind == "layers":
+        every = range(number_of_layers(model))
+        return {str(one): FlexSelect(layer=one, retention_ratio=0.1, frames_per_set=FRAMES_PER_SET) for one in every}
+    if kind == "compact":
+        return {
+            f"{title}|0.1": QTSplus.from_pretrained(folder / name, retention_ratio=0.1)
+            for name, title in _COMPACT.items()
+        }
+    selectors: dict[str, Any] = {"all tokens": ALL_TOKENS}
+    if kind == "methods":
+        for ratio in RATIOS:
+            selectors |= {f"{name}|{ratio}": one for name, one in _methods(folder, layer, ratio).items()}
+    return selectors
+
+
+def _methods(folder: Path, layer: int, ratio: float) -> dict[str, Any]:
+    trained = {title: QTSplus.from_pretrained(folder / name, retention_ratio=ratio) for name, title in _TRAINED.items()}
+    return {
+        "uniform": Uniform(retention_ratio=ratio),
+        "random": Random(retention_ratio=ratio),
+        **trained,
+        "FlexSelect": FlexSelect(layer=layer, retention_ratio=ratio, frames_per_set=FRAMES_PER_SET),
+        "FlexSelect-Lite": FlexSelect.lite(folder / "lite", retention_ratio=ratio, frames_per_set=FRAMES_PER_SET),
+        "QuoTA, relevance": QuoTA("relevance", total_tokens=None, retention_ratio=ratio),
+    }
+
+
+def _figures(runs: list[list[Outcome]]) -> dict[str, Any]:
     """Of each method: its figures over all films, and "runs", the mean over the kinds of each run."""
-    runs: list[list[Outcome]] = [
-        list(ask(model, processor, films(split, run * count, count, seconds), selectors)) for run in range(RUNS)
-    ]
     pooled = accuracy([outcome for run in runs for outcome in run])
     by_run = [accuracy(run) for run in runs]
     return {name: figures | {"runs": [one[name]["all"] for one in by_run]} for name, figures in pooled.items()}
@@ -103,21 +136,27 @@ def markdown(found: dict[str, Any]) -> str:
     for layer, value in found["recall_by_layer"].items():
         mark = " (chosen)" if int(layer) == found["flexselect_layer"] else ""
         lines.append(f"| {layer}{mark} | {_percent(value)} | {_percent(found['accuracy_by_layer'][layer])} |")
+    lines += ["", "### Films of 30 s at compact positions, 10 % of the tokens kept", ""]
+    lines += _table(found["accuracy_at_compact_positions"])
     for seconds in map(str, SECONDS):
         table = found["accuracy"][seconds]
-        questions = table["all tokens"]["questions"]
-        lines += ["", f"### Films of {seconds} s ({questions} questions)", ""]
-        lines += [
-            "| method | kept | all | least and most of the runs | " + " | ".join(KINDS) + " | needle kept |",
-            "|---|---|---|---|" + "---|" * (len(KINDS) + 1),
-        ]
-        for name, row in table.items():
-            method, _, ratio = name.partition("|")
-            cells = [_percent(row[kind]) for kind in KINDS] + [_percent(row["found"])]
-            spread = f"{_percent(min(row['runs']))} to {_percent(max(row['runs']))}"
-            kept = f"{float(ratio):.0%}" if ratio else "100%"
-            lines.append(f"| {method} | {kept} | **{_percent(row['all'])}** | {spread} | {' | '.join(cells)} |")
+        lines += ["", f"### Films of {seconds} s ({table['all tokens']['questions']} questions)", "", *_table(table)]
     return "\n".join(lines) + "\n"
+
+
+def _table(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Every figure of every method."""
+    lines = [
+        "| method | kept | all | least and most of the runs | " + " | ".join(KINDS) + " | needle kept |",
+        "|---|---|---|---|" + "---|" * (len(KINDS) + 1),
+    ]
+    for name, row in rows.items():
+        method, _, ratio = name.partition("|")
+        cells = [_percent(row[kind]) for kind in KINDS] + [_percent(row["found"])]
+        spread = f"{_percent(min(row['runs']))} to {_percent(max(row['runs']))}"
+        kept = f"{float(ratio):.0%}" if ratio else "100%"
+        lines.append(f"| {method} | {kept} | **{_percent(row['all'])}** | {spread} | {' | '.join(cells)} |")
+    return lines
 
 
 def summary(found: dict[str, Any]) -> str:

@@ -13,10 +13,9 @@ from torch.nn import functional
 from transformers import AutoProcessor
 
 from qts_video.methods import QTSplus
-from qts_video.plot.recall import best_layer
 
 from . import sight
-from .evaluate import films, recall_by_layer
+from .evaluate import reference_layer
 from .forward import answer_states
 from .lite import Films, train_lite
 from .memory import pack_rows
@@ -29,13 +28,16 @@ from .world import LONGEST, MOST_SHAPES, SLOT, Scene, sample_scene
 
 WEIGHTS = {"colour": 1.0, "shape": 1.0, "order": 2.0, "direction": 1.3, "second": 2.5, "count": 1.5}
 """How often each kind is asked: the hard ones more."""
-SELECTORS: dict[str, dict[str, Any]] = {
-    "qtsplus": {},
-    "qtsplus-no-reencoder": {"reencode_layers": 0},
-    "qtsplus-no-time": {"time_embedding": False},
+SELECTORS: dict[str, tuple[float, dict[str, Any]]] = {
+    "qtsplus": (1.0, {}),
+    "qtsplus-no-reencoder": (0.25, {"reencode_layers": 0}),
+    "qtsplus-no-time": (1.0, {"time_embedding": False}),
+    "qtsplus-compact": (0.5, {}),
+    "qtsplus-compact-no-time": (0.5, {"time_embedding": False}),
 }
-VALIDATED = 20
-"""Films by which the reference layer is chosen."""
+"""Of each selector, its share of the steps and what is not ``QTSplus``'s default. What scores is found soon; what
+re-encodes takes longer, to leave alone what was right. Those named compact are trained at compact positions, as the
+released selectors were: there only the re-encoder knows when a token was."""
 _RATIOS = (0.05, 0.1, 0.25)
 _SELECTOR_SECONDS = (12, 16, 24, 30, 40, 60)
 
@@ -56,9 +58,9 @@ class Recipe:
     selector_steps: int = 1200
     selector_batch: int = 32
     selector_rate: float = 1e-3
-    lite_steps: int = 600
+    lite_steps: int = 300
     lite_batch: int = 16
-    lite_rate: float = 2e-3
+    lite_rate: float = 1e-3
     variants: int = 6
     empty: int = 1000
 
@@ -206,11 +208,11 @@ def _train_selector(
     model = type(build_model(processor)).from_pretrained(folder / "model").eval().requires_grad_(False)
     bank = sight.Bank.fill(model.model.visual, processor, recipe.variants, recipe.empty)
     packer = Packer(processor)
-    selector = QTSplus.from_language_model(model, tau_s=0.02, n_max=512, seed=recipe.seed, **SELECTORS[name]).selector
+    share, options = SELECTORS[name]
+    steps, compact = round(share * recipe.selector_steps), name.startswith("qtsplus-compact")
+    selector = QTSplus.from_language_model(model, tau_s=0.02, n_max=512, seed=recipe.seed, **options).selector
     selector.train()
     parameters = [parameter for _, parameter in selector.trained_parameters()]
-    # What scores is found in a few minutes; what re-encodes takes longer, to leave alone what was right.
-    steps = recipe.selector_steps if selector.config["reencode_layers"] else recipe.selector_steps // 4
     lesson = Lesson(parameters, recipe.selector_rate, steps, rank, processes, log)
     batch = recipe.selector_batch // processes
     for step in range(steps):
@@ -221,7 +223,8 @@ def _train_selector(
         first = 5_000_000 + (step * processes + rank) * batch
         scenes = [sample_scene("train", first + number, seconds) for number in range(batch)]
         questions = [sample_questions(scene, 1, WEIGHTS) for scene in scenes]
-        loss, right = selection_loss(model, selector, packer, bank, scenes, [one for (one,) in questions], ratio)
+        asked = [one for (one,) in questions]
+        loss, right = selection_loss(model, selector, packer, bank, scenes, asked, ratio, compact=compact)
         lesson.step(step, loss, _kinds(questions), right.tolist())
     if rank == 0:
         selector.eval()
@@ -231,15 +234,16 @@ def _train_selector(
 def _train_lite(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
     processor = AutoProcessor.from_pretrained(folder / "model")
     model = type(build_model(processor)).from_pretrained(folder / "model")
-    layer = best_layer(recall_by_layer(model.eval(), processor, films("validation", 0, VALIDATED, (30, 30))))
+    layer, _ = reference_layer(model.eval(), processor)
     log(f"lite: learns from layer {layer}")
-    lessons = Films(8_000_000, recipe.lite_steps * recipe.lite_batch, (8, 40), WEIGHTS)
+    lessons = Films(8_000_000, recipe.lite_steps * recipe.lite_batch, (8, 24), WEIGHTS)
     options = {
         "learning_rate": recipe.lite_rate,
         "max_steps": recipe.lite_steps,
         "per_device_train_batch_size": recipe.lite_batch,
         "warmup_steps": recipe.lite_steps // 20,
         "seed": recipe.seed,
+        "dataloader_num_workers": recipe.processes - 1,
     }
     train_lite(model, processor, folder / "lite", layer, lessons, options, log)
 

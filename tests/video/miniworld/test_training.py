@@ -8,8 +8,8 @@ pytest.importorskip("accelerate")
 
 from qts_video.lite import LiteSelector
 from qts_video.methods import QTSplus
+from qts_video.miniworld import evaluate as evaluate_module
 from qts_video.miniworld import report as report_module
-from qts_video.miniworld import train as train_module
 from qts_video.miniworld.publish import publish
 from qts_video.miniworld.train import SELECTORS, Recipe, train
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
@@ -34,7 +34,7 @@ RECIPE = Recipe(
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("miniworld")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_module, "VALIDATED", 1)
+        patch.setattr(evaluate_module, "VALIDATED", 1)
         train(folder, RECIPE, lambda line: None)
     return folder
 
@@ -64,9 +64,8 @@ def test_the_report_and_the_card(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(report_module, "SECONDS", (30,))
     monkeypatch.setattr(report_module, "RATIOS", (0.1,))
     monkeypatch.setattr(report_module, "RUNS", 2)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model").eval()
-    processor = AutoProcessor.from_pretrained(folder / "model")
-    found = report_module.report(model, processor, folder, 1, lambda line: None)
+    monkeypatch.setattr(evaluate_module, "VALIDATED", 1)
+    found = report_module.report(folder, 1, log=lambda line: None)
     table = report_module.markdown(found)
     for method in ("all tokens", "uniform", "random", "QTSplus without time", "FlexSelect-Lite", "QuoTA, relevance"):
         assert f"| {method} | " in table
@@ -78,7 +77,7 @@ def test_the_report_and_the_card(folder, tmp_path, monkeypatch):
     assert "(seed 3)" in card
     assert "QTSplus" in card
     loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "trained" / "model", dtype=torch.float32)
-    exact = dict(model.named_parameters())
+    exact = dict(report_module.load(folder)[0].named_parameters())
     for name, value in loaded.named_parameters():
         torch.testing.assert_close(value, exact[name], rtol=1e-3, atol=1e-6)
     LiteSelector.from_pretrained(tmp_path / "trained" / "lite")
