@@ -89,8 +89,13 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 
 def is_embedded(name: str) -> bool:
-    """Whether ``--model`` names a built-in model: "embedded", or "embedded:FAMILY" with random weights."""
+    """Whether ``--model`` names a built-in model: "embedded", or one that ``is_random``."""
     return name.split(":")[0] == EMBEDDED
+
+
+def is_random(name: str) -> bool:
+    """Whether ``--model`` names a built-in model with random weights: "embedded:FAMILY"."""
+    return name.startswith(f"{EMBEDDED}:")
 
 
 def _embedded(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any, Any]:

@@ -45,7 +45,7 @@ def draw_selection(
     kept = np.zeros((steps, rows, columns), bool)
     kept.reshape(-1)[report.indices.numpy()] = True
     scores = None if report.scores is None else report.scores.numpy().reshape(steps, rows, columns)
-    shown = _steps_shown(steps, min(max_panels, steps), scores)
+    shown = steps_shown(steps, min(max_panels, steps), scores)
 
     panel_width = (WIDTH - LEFT - RIGHT - GAP * (len(shown) - 1)) / len(shown)
     panel_width = min(panel_width, 5 * frames.shape[-1] / frames.shape[-2])
@@ -93,7 +93,9 @@ def draw_selection(
     return path
 
 
-def _steps_shown(steps: int, panels: int, scores: np.ndarray | None) -> np.ndarray:
+def steps_shown(steps: int, panels: int, scores: np.ndarray | None) -> np.ndarray:
+    """[panels] int: of as many equal stretches of the video, the most relevant step; without ``scores`` [steps, ...],
+    steps that are spread evenly."""
     if scores is None:
         return np.linspace(0, steps - 1, panels).round().astype(int)
     best = np.nan_to_num(scores, nan=-np.inf).reshape(steps, -1).max(axis=1)

@@ -8,7 +8,7 @@ pytest.importorskip("matplotlib")
 
 from PIL import Image
 from qts_video.dropin.report import VideoReport
-from qts_video.overlay import _light, _steps_shown, draw_selection
+from qts_video.overlay import _light, draw_selection, steps_shown
 
 
 def report(grid, indices, scores=True, step=0.5) -> VideoReport:
@@ -106,6 +106,6 @@ def test_pictures_show_what_the_processor_cuts_out():
 def test_of_every_stretch_the_most_relevant_step_is_shown():
     scores = np.zeros((9, 2, 2))
     scores[1, 0, 1], scores[2, 1, 1], scores[8, 0, 0], scores[4] = 0.2, 0.3, 0.1, np.nan
-    assert _steps_shown(9, 3, scores).tolist() == [2, 3, 8]
-    assert _steps_shown(9, 9, scores).tolist() == list(range(9))
-    assert _steps_shown(9, 3, None).tolist() == [0, 4, 8]
+    assert steps_shown(9, 3, scores).tolist() == [2, 3, 8]
+    assert steps_shown(9, 9, scores).tolist() == list(range(9))
+    assert steps_shown(9, 3, None).tolist() == [0, 4, 8]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from qts_video.answer import answer, default_positions, prepare, seen_frames
 from qts_video.cache import VideoCache
 from qts_video.dropin.report import VideoReport
-from qts_video.loading import CommandError, check_methods, choose, given, is_embedded, load, read, show_frames
+from qts_video.loading import CommandError, check_methods, choose, given, is_random, load, read, show_frames
 from qts_video.video import Video
 
 from . import needle as needles
@@ -184,6 +184,6 @@ def _look(model: Any, processor: Any, video: Video, question: str, probe: Probe)
 
 
 def _subtitle(arguments: argparse.Namespace, text: str) -> str:
-    if not is_embedded(arguments.model):
+    if not is_random(arguments.model):
         return f"{text}. {arguments.model}."
     return f"{text}.\nThe weights are random: this shows how it works, not what a trained model would look at."

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from qts_video.overlay import steps_shown
+
 from .page import Page, Table
 from .sheet import GAP, HEAT, LEFT, RIGHT, WIDTH, Sheet, bare
 
@@ -54,7 +56,7 @@ def heatmap_page(
         scores: of each layer, [T*H*W] relevance of every token.
         grid: (T, H, W), time steps, rows, columns.
         title, subtitle: plain text.
-        max_panels: frames shown, spread evenly over the steps.
+        max_panels: frames shown: of as many equal stretches of the video, the most relevant step.
     """
     relative = relative_scores(scores, grid)
     rows = [
@@ -93,7 +95,7 @@ def draw_heatmap(
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
     steps = len(seconds)
-    shown = np.linspace(0, steps - 1, min(max_panels, steps)).round().astype(int)
+    shown = steps_shown(steps, min(max_panels, steps), np.maximum.reduce(list(relative.values())))
     frames_per_step = -(-len(frames) // steps)
     pictures = [_picture(frames[min(step * frames_per_step, len(frames) - 1)]) for step in shown]
     tall, wide = pictures[0].shape[:2]
