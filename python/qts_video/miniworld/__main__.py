@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+import torch
+
 BEGIN, END = "<!-- written by make miniworld-report -->", "<!-- end of what make miniworld-report writes -->"
 
 
@@ -12,7 +14,8 @@ def main() -> None:
     train = commands.add_parser("train", help="from scratch, from one seed")
     train.add_argument("--output", type=Path, required=True)
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--processes", type=int, default=2)
+    train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    train.add_argument("--processes", type=int, help="default: 2 on a CPU, 1 on a GPU")
     report = commands.add_parser("report", help="accuracy by method and share of tokens kept")
     report.add_argument("--model", type=Path, required=True, help="folder that train wrote")
     report.add_argument("--films", type=int, default=15, help="of each length, in each of three runs")
@@ -37,7 +40,8 @@ def main() -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from .train import Recipe, train
 
-    train(arguments.output, Recipe(seed=arguments.seed, processes=arguments.processes))
+    processes = arguments.processes or (2 if arguments.device == "cpu" else 1)
+    train(arguments.output, Recipe(seed=arguments.seed, processes=processes, device=arguments.device))
 
 
 def _report(arguments: argparse.Namespace) -> None:

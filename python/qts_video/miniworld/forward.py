@@ -71,7 +71,7 @@ def answer_states(model: Any, batch: Batch, vision: torch.Tensor, dtype: torch.d
     end = PREFIX + vision.shape[1]
     hidden = torch.cat([words[:, :PREFIX], vision, words[:, end:]], 1).to(dtype)
     cos, sin = (x[:, None].to(dtype) for x in decoder.rotary_emb(hidden, batch.positions))
-    hidden_keys = torch.zeros(batch.mask.shape[2:], dtype=dtype).masked_fill(~batch.mask[0, 0], float("-inf"))
+    hidden_keys = hidden.new_zeros(batch.mask.shape[2:]).masked_fill(~batch.mask[0, 0], float("-inf"))
     for number, layer in enumerate(decoder.layers):
         hidden = hidden + _attend(layer, hidden, cos, sin, hidden_keys)
         if number == len(decoder.layers) - 1:

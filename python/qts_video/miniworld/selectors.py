@@ -39,28 +39,29 @@ def selection_loss(
         retention_ratio: share of the tokens that the selector keeps.
         compact: kept tokens get consecutive positions.
     """
+    device = model.device
     samples, total = len(scenes), scenes[0].seconds * TOKENS_A_STEP
     rows = [remember(bank, scene, total, scene.random(purpose=2), 1.0) for scene in scenes]
-    tokens = torch.cat([row.tokens for row in rows]).float()
+    tokens = torch.cat([row.tokens for row in rows]).to(device).float()
     words = [packer.encode(question.text) for question in questions]
     seconds = torch.arange(scenes[0].seconds).repeat_interleave(TOKENS_A_STEP).float()
     keep = resolve_budget(total, retention_ratio, None)
     selection = selector(
         tokens,
-        model.get_input_embeddings()(torch.tensor([one for ids in words for one in ids])).detach(),
-        timestamps=seconds.repeat(samples),
-        cu_seqlens=torch.arange(samples + 1, dtype=torch.int32) * total,
-        cu_seqlens_question=torch.tensor(np.cumsum([0, *map(len, words)]), dtype=torch.int32),
+        model.get_input_embeddings()(torch.tensor([one for ids in words for one in ids], device=device)).detach(),
+        timestamps=seconds.repeat(samples).to(device),
+        cu_seqlens=torch.arange(samples + 1, dtype=torch.int32, device=device) * total,
+        cu_seqlens_question=torch.tensor(np.cumsum([0, *map(len, words)]), dtype=torch.int32, device=device),
         n=keep,
     )
     place = (selection.indices % total).view(samples, keep)
     ends = [keep if compact else max(scene.seconds, CELLS) for scene in scenes]
     behind = np.full((samples, 1), compact)
-    batch = packer.pack_text(ends, keep, [[question] for question in questions], behind)
+    batch = packer.pack_text(ends, keep, [[question] for question in questions], behind).to(device)
     cell = place % TOKENS_A_STEP
     positions = torch.stack([place // TOKENS_A_STEP, cell // CELLS, cell % CELLS])
     if compact:
-        positions = torch.arange(keep).expand(3, samples, -1)
+        positions = torch.arange(keep, device=device).expand(3, samples, -1)
     batch.positions[:, :, PREFIX : PREFIX + keep] = positions + PREFIX
     states = answer_states(model, batch, selection.tokens.view(samples, keep, -1))
     logits = functional.linear(states[:, 0, 0].float(), model.lm_head.weight)

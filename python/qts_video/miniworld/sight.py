@@ -56,9 +56,10 @@ def sample_steps(first: int, count: int) -> tuple[torch.Tensor, torch.Tensor, to
 
 def lesson(visual: Any, heads: Heads, processor: Any, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of one batch, and the share of right answers for (presence, colour, form, direction)."""
-    patches, held, wanted = sample_steps(first, count)
+    device = visual.patch_embed.proj.weight.device
+    patches, held, wanted = (part.to(device) for part in sample_steps(first, count))
     inputs = normalise(patches, processor)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         tokens = encode_steps(visual, inputs)
     there, *named = heads(tokens.float())
     loss = functional.binary_cross_entropy_with_logits(there.squeeze(-1), held.float())
@@ -73,8 +74,8 @@ def lesson(visual: Any, heads: Heads, processor: Any, first: int, count: int) ->
 @torch.no_grad()
 def rescale(visual: Any, processor: Any, size: float = 0.35) -> None:
     """Give the tower's tokens the root mean square ``size``, that of the words, by its last layer."""
-    patches, held, _ = sample_steps(10**6, 64)
     last = visual.merger.mlp[2]
+    patches, held, _ = (part.to(last.weight.device) for part in sample_steps(10**6, 64))
     factor = size / encode_steps(visual, normalise(patches, processor))[held].square().mean().sqrt()
     last.weight.mul_(factor)
     last.bias.mul_(factor)
@@ -95,6 +96,7 @@ class Bank:
     @torch.no_grad()
     def fill(cls, visual: Any, processor: Any, variants: int, empty: int, rank: int = 0) -> "Bank":
         """Every kind of shape ``variants`` times, all three seconds long (the third is empty where it stayed two)."""
+        device = visual.patch_embed.proj.weight.device
         wanted = np.zeros(SIZES, int)
         events, held = None, None
         number, rows, where = 2_000_000 + rank * 10**6, [], []
@@ -110,9 +112,9 @@ class Bank:
             rows.append(scene)
         for at in range(0, len(rows), 32):
             part = rows[at : at + 32]
-            patches = torch.cat([patchify(render(scene, _moments(0, 4))) for scene in part])
-            with torch.autocast("cpu", torch.bfloat16):
-                tokens = encode_steps(visual, normalise(patches, processor)).to(torch.float16)
+            patches = torch.cat([patchify(render(scene, _moments(0, 4))) for scene in part]).to(device)
+            with torch.autocast(device.type, torch.bfloat16):
+                tokens = encode_steps(visual, normalise(patches, processor)).to("cpu", torch.float16)
             tokens = tokens.view(len(part), 4, *tokens.shape[1:])
             if events is None:
                 events = torch.zeros(*SIZES, variants, 3, *tokens.shape[2:], dtype=torch.float16)

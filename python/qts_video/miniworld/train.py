@@ -44,10 +44,15 @@ _SELECTOR_SECONDS = (12, 16, 24, 30, 40, 60)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps, batches and learning rates. A batch is that of all processes together."""
+    """Steps, batches and learning rates. A batch is that of all processes together.
+
+    Raises ValueError where several processes are to share a GPU.
+    """
 
     seed: int = 0
     processes: int = 2
+    """On a GPU: 1."""
+    device: str = "cpu"
     sight_steps: int = 800
     sight_batch: int = 64
     sight_rate: float = 2e-3
@@ -63,6 +68,10 @@ class Recipe:
     lite_rate: float = 1e-3
     variants: int = 6
     empty: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.device != "cpu" and self.processes != 1:
+            raise ValueError(f"expected 1 process on {self.device}, got {self.processes}")
 
 
 def train(folder: Path, recipe: Recipe, log: Callable[[str], None] = print) -> None:
@@ -132,7 +141,8 @@ def _train_sight(rank: int, processes: int, folder: Path, recipe: Recipe, log: C
     processor = build_processor()
     model = build_model(processor, recipe.seed)
     torch.manual_seed(recipe.seed)
-    visual, heads = model.model.visual, sight.Heads.of(model, processor.tokenizer)
+    heads = sight.Heads.of(model, processor.tokenizer).to(recipe.device)
+    visual = model.to(recipe.device).model.visual
     batch = recipe.sight_batch // processes
     lesson = Lesson(
         [*visual.parameters(), *heads.parameters()], recipe.sight_rate, recipe.sight_steps, rank, processes, log
@@ -173,7 +183,7 @@ def sample_films(
 def _train_language(rank: int, processes: int, folder: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
     processor = build_processor()
     model = build_model(processor, recipe.seed)
-    model = type(model).from_pretrained(folder / "sight")
+    model = type(model).from_pretrained(folder / "sight").to(recipe.device)
     bank = sight.Bank.fill(model.model.visual, processor, recipe.variants, recipe.empty)
     packer = Packer(processor)
     end = processor.tokenizer.eos_token_id
@@ -188,11 +198,12 @@ def _train_language(rank: int, processes: int, folder: Path, recipe: Recipe, log
         questions = [sample_questions(scene, recipe.language_questions, WEIGHTS) for scene in scenes]
         behind = random.random((batch, recipe.language_questions)) < 0.3
         packed, vision = pack_rows(packer, bank, scenes, questions, tokens, 0.3, behind)
+        packed, vision = packed.to(model.device), vision.to(model.device)
         states = answer_states(model, packed, vision.float())
         logits = functional.linear(states.float(), model.lm_head.weight)
         loss = functional.cross_entropy(logits[:, :, 0].flatten(0, 1), packed.answers.flatten())
         stops = functional.cross_entropy(
-            logits[:, :, 1].flatten(0, 1), torch.full((batch * recipe.language_questions,), end)
+            logits[:, :, 1].flatten(0, 1), packed.answers.flatten().new_full((batch * recipe.language_questions,), end)
         )
         right = (logits[:, :, 0].argmax(-1) == packed.answers).flatten().tolist()
         lesson.step(step, loss + 0.1 * stops, _kinds(questions), right)
@@ -205,7 +216,8 @@ def _train_selector(
     rank: int, processes: int, folder: Path, recipe: Recipe, log: Callable[[str], None], name: str
 ) -> None:
     processor = build_processor()
-    model = type(build_model(processor)).from_pretrained(folder / "model").eval().requires_grad_(False)
+    model = type(build_model(processor)).from_pretrained(folder / "model").to(recipe.device)
+    model.eval().requires_grad_(False)
     bank = sight.Bank.fill(model.model.visual, processor, recipe.variants, recipe.empty)
     packer = Packer(processor)
     share, options = SELECTORS[name]
@@ -244,6 +256,7 @@ def _train_lite(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> Non
         "warmup_steps": recipe.lite_steps // 20,
         "seed": recipe.seed,
         "dataloader_num_workers": recipe.processes - 1,
+        "use_cpu": recipe.device == "cpu",
     }
     train_lite(model, processor, folder / "lite", layer, lessons, options, log)
 

@@ -12,6 +12,7 @@ from qts_video.miniworld import evaluate as evaluate_module
 from qts_video.miniworld import report as report_module
 from qts_video.miniworld.publish import publish
 from qts_video.miniworld.train import SELECTORS, Recipe, train
+from safetensors.torch import load_file
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 RECIPE = Recipe(
@@ -21,7 +22,7 @@ RECIPE = Recipe(
     language_steps=2,
     language_batch=2,
     language_questions=2,
-    selector_steps=2,
+    selector_steps=4,
     selector_batch=2,
     lite_steps=2,
     lite_batch=2,
@@ -45,6 +46,22 @@ def test_every_part_is_written_and_read(folder):
     for name in SELECTORS:
         QTSplus.from_pretrained(folder / name)
     LiteSelector.from_pretrained(folder / "lite")
+
+
+def test_one_seed_gives_one_training(folder, tmp_path):
+    """Bit for bit: the vision tower, the language model, the selectors, Lite."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "VALIDATED", 1)
+        train(tmp_path, RECIPE, lambda line: None)
+    for path in sorted(folder.rglob("model.safetensors")):
+        first, again = load_file(path), load_file(tmp_path / path.relative_to(folder))
+        assert set(first) == set(again)
+        assert all(torch.equal(value, again[name]) for name, value in first.items()), path
+
+
+def test_processes_cannot_share_a_gpu():
+    with pytest.raises(ValueError, match="expected 1 process on cuda, got 2"):
+        Recipe(device="cuda")
 
 
 def test_what_is_there_is_not_trained_again_and_what_is_not_comes_out_the_same(folder):
