@@ -173,7 +173,7 @@ def test_several_questions_encode_the_video_once(ask, method):
 def test_embedded_model(ask):
     status, out, err = ask("--json", "--max-tokens", "5", model="embedded")
     said = json.loads(out)
-    assert (status, said["model"], said["tokens"], said["kept"]) == (0, "embedded", 48, 5)
+    assert (status, said["model"], said["tokens"], said["kept"]) == (0, "embedded", 60, 5)
     assert (said["method"], said["positions"]) == ("qtsplus", "original")
     assert err == "the embedded model knows the films of qts_video.miniworld and their questions, nothing else\n"
     status, out, err = ask("--json", "--method", "uniform", "--max-tokens", "5", model="embedded:qwen2_5_vl")

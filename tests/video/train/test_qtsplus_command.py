@@ -31,7 +31,7 @@ def parse(*words):
     return parser.parse_args(["train", "qtsplus", *map(str, words)])
 
 
-def train(data, output, *words, model="embedded"):
+def train(data, output, *words, model="embedded:qwen2_5_vl"):
     fast = ("--cpu", "--max-steps", 2, "--learning-rate", 0.01, "--warmup", 0, "--max-frames", 4, "--logging-steps", 1)
     return command.run(parse(data, "--model", model, "--output", output, *fast, *words))
 
