@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qts_video.answer import default_positions
 from qts_video.data import Collator, RecordError, VideoQADataset
 from qts_video.loading import FRAME_PIXELS, CommandError, first_line, given, load
 from qts_video.methods import QTSplus
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     of_model = {"device": "cpu", "dtype": "bfloat16" if half and not whole else "float32"}
     model, processor, trained = load(argparse.Namespace(**vars(arguments) | of_model))
     selector = _selector(arguments, model, trained)
-    positions = arguments.positions or ("compact" if selector is trained else "original")
+    positions = arguments.positions or default_positions(model, selector, trained)
     trainer = QTSplusTrainer(
         model,
         selector,

@@ -108,3 +108,17 @@ def test_what_cannot_work_is_refused(data, tmp_path, words, message):
 def test_missing_data_is_refused(tmp_path):
     with pytest.raises(CommandError, match=r"[Nn]o such file"):
         train(tmp_path / "none.jsonl", tmp_path / "out")
+
+
+def test_the_trained_embedded_selector_keeps_the_positions_that_it_was_trained_with(data, tmp_path, monkeypatch):
+    from qts_video.train import command
+
+    seen, make = [], command._training
+
+    def watch(arguments, half, positions, evaluates):
+        seen.append(positions)
+        return make(arguments, half, positions, evaluates)
+
+    monkeypatch.setattr(command, "_training", watch)
+    assert train(data, tmp_path, model="embedded") == 0
+    assert seen == ["original"]
