@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,7 @@ def _answers(questions: list[Question], said: list[dict[str, Answer]]) -> list[s
     ]
     right = [sum(answers[name].text == q.answer for q, answers in zip(questions, said, strict=True)) for name in names]
     rows.append(("right", str(len(questions)), *map(str, right)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
+    return _aligned(rows, str.ljust)
 
 
 def table(answers: dict[str, Answer]) -> list[str]:
@@ -132,11 +131,13 @@ def table(answers: dict[str, Answer]) -> list[str]:
                 mebibytes(one.measurement.peak_bytes),
             )
         )
+    return _aligned(rows, str.rjust)
+
+
+def _aligned(rows: list[tuple[str, ...]], justify: Callable[[str, int], str]) -> list[str]:
+    """Columns of one width, all but the first by ``justify``; a rule under the first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(justify, row[1:], widths[1:])]).rstrip() for row in rows]
     return [lines[0], "  ".join("-" * width for width in widths), *lines[1:]]
 
 

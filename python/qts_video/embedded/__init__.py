@@ -21,14 +21,14 @@ TRAINED = Path(__file__).parent / "trained"
 def load() -> tuple[Any, Any, Any]:
     """(model, processor, QTSplus selector) that were trained in the miniature world: float32, in eval mode. The
     selector's ``positions`` are those that it was trained with, "original"."""
-    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoProcessor
 
     from qts_video.methods import QTSplus
+    from qts_video.miniworld.model import load_model
 
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(TRAINED / "model", dtype=torch.float32)
     selector = QTSplus.from_pretrained(TRAINED / "qtsplus").float()
     selector.positions = "original"
-    return model.eval(), AutoProcessor.from_pretrained(TRAINED / "model"), selector
+    return load_model(TRAINED / "model"), AutoProcessor.from_pretrained(TRAINED / "model"), selector
 
 
 def build(model_type: str = "qwen2_5_vl", seed: int = 0) -> tuple[Any, Any]:

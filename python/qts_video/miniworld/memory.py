@@ -71,7 +71,7 @@ def pack_rows(
     fewest: float,
     text_behind_time: np.ndarray,
 ) -> tuple[Batch, torch.Tensor]:
-    """A batch whose ``patches`` are empty, and the tokens [B, count, D] in their place."""
+    """A batch, and the tokens [B, count, D] of its films."""
     rows = [remember(bank, scene, count, scene.random(purpose=2), fewest) for scene in scenes]
     batch = packer.pack_text([max(scene.seconds, CELLS) for scene in scenes], count, questions, text_behind_time)
     place = torch.from_numpy(np.stack([row.place for row in rows]))

@@ -1,5 +1,6 @@
 """The model that lives in the world: a Qwen2.5-VL of about a million parameters, in transformers' own classes."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -82,3 +83,8 @@ def build_model(processor: Any, seed: int = 0) -> Qwen2_5_VLForConditionalGenera
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def load_model(folder: str | Path) -> Qwen2_5_VLForConditionalGeneration:
+    """What ``save_pretrained`` wrote, in float32 and eval mode."""
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()

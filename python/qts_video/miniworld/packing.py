@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from .questions import Question
-from .render import render
-from .world import CELLS, FPS, FRAMES_PER_STEP, MERGE, PATCH, Scene
+from .world import CELLS, FRAMES_PER_STEP, MERGE, PATCH
 
 PREFIX = 3
 BLOCK = 12
@@ -21,8 +20,6 @@ BLOCK = 12
 
 @dataclass
 class Batch:
-    patches: torch.Tensor
-    """[B, S, patches, values] uint8: the frames as the vision tower reads them, not normalised yet."""
     ids: torch.Tensor
     """[B, L] int64."""
     positions: torch.Tensor
@@ -60,36 +57,10 @@ class Packer:
             self._ids[text] = self.tokenizer.encode(text, add_special_tokens=False)
         return self._ids[text]
 
-    def pack(
-        self,
-        scenes: list[Scene],
-        steps: np.ndarray,
-        questions: list[list[Question]],
-        text_behind_time: np.ndarray,
-    ) -> Batch:
-        """
-        Args:
-            scenes: B films.
-            steps: [B, S] int64, ascending: the time steps of each film that are there; the others were dropped.
-            questions: of each film, Q of them.
-            text_behind_time: [B, Q] bool: where the text's positions go on. True: behind the last time step's, as in
-                transformers 4. False: behind the frame's rows and columns, as in transformers 5.
-        """
-        batch = self.pack_text(
-            [max(scene.seconds, CELLS) for scene in scenes], steps.shape[1] * CELLS**2, questions, text_behind_time
-        )
-        place = np.broadcast_arrays(steps[:, :, None, None], np.arange(CELLS)[:, None], np.arange(CELLS))
-        place = torch.from_numpy(np.stack(place)).flatten(2)
-        batch.positions[:, :, PREFIX : PREFIX + place.shape[2]] = PREFIX + place
-        frames = (steps[:, :, None] * FRAMES_PER_STEP + np.arange(FRAMES_PER_STEP)).reshape(len(scenes), -1)
-        patches = [patchify(render(scene, moments)) for scene, moments in zip(scenes, frames / FPS, strict=True)]
-        batch.patches = torch.stack(patches)
-        return batch
-
     def pack_text(
         self, ends: list[int], tokens: int, questions: list[list[Question]], text_behind_time: np.ndarray
     ) -> Batch:
-        """A batch without patches, and without the positions of its ``tokens`` tokens of video. ``ends``: of each
+        """A batch without the positions of its ``tokens`` tokens of video. ``ends``: of each
         film, the positions that its longest axis takes."""
         samples, count = len(questions), len(questions[0])
         length = PREFIX + tokens + count * BLOCK
@@ -110,7 +81,6 @@ class Packer:
                 ids[sample, at : at + len(block) + 1] = [*block, answer]
                 ask[sample, number], answers[sample, number] = at + len(block) - 1, answer
         return Batch(
-            torch.zeros(samples, 0),
             torch.from_numpy(ids),
             torch.from_numpy(positions),
             mask(tokens, count)[None, None].expand(samples, 1, -1, -1),

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoProcessor
 
 from qts_video.methods import FlexSelect, QTSplus, QuoTA, Random, Uniform
 from qts_video.plot.probe import number_of_layers
 
 from .evaluate import ALL_TOKENS, FRAMES_PER_SET, Outcome, accuracy, ask, films, reference_layer
+from .model import load_model
 from .questions import KINDS
 
 RATIOS = (0.25, 0.1, 0.05)
@@ -34,8 +35,7 @@ _COMPACT = {"qtsplus-compact": "QTSplus", "qtsplus-compact-no-time": "QTSplus wi
 
 def load(folder: Path) -> tuple[Any, Any]:
     """The model of ``folder``, float32 in eval mode, and its processor."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
-    return model.eval(), AutoProcessor.from_pretrained(folder / "model")
+    return load_model(folder / "model"), AutoProcessor.from_pretrained(folder / "model")
 
 
 def report(

@@ -19,7 +19,7 @@ from .evaluate import reference_layer
 from .forward import answer_states
 from .lite import Films, train_lite
 from .memory import pack_rows
-from .model import build_model, build_processor
+from .model import build_model, build_processor, load_model
 from .packing import Packer
 from .questions import Question, sample_questions
 from .selectors import selection_loss
@@ -182,8 +182,7 @@ def sample_films(
 
 def _train_language(rank: int, processes: int, folder: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
     processor = build_processor()
-    model = build_model(processor, recipe.seed)
-    model = type(model).from_pretrained(folder / "sight").to(recipe.device)
+    model = load_model(folder / "sight").to(recipe.device)
     bank = sight.Bank.fill(model.model.visual, processor, recipe.variants, recipe.empty)
     packer = Packer(processor)
     end = processor.tokenizer.eos_token_id
@@ -216,8 +215,7 @@ def _train_selector(
     rank: int, processes: int, folder: Path, recipe: Recipe, log: Callable[[str], None], name: str
 ) -> None:
     processor = build_processor()
-    model = type(build_model(processor)).from_pretrained(folder / "model").to(recipe.device)
-    model.eval().requires_grad_(False)
+    model = load_model(folder / "model").to(recipe.device).requires_grad_(False)
     bank = sight.Bank.fill(model.model.visual, processor, recipe.variants, recipe.empty)
     packer = Packer(processor)
     share, options = SELECTORS[name]
@@ -245,8 +243,8 @@ def _train_selector(
 
 def _train_lite(folder: Path, recipe: Recipe, log: Callable[[str], None]) -> None:
     processor = AutoProcessor.from_pretrained(folder / "model")
-    model = type(build_model(processor)).from_pretrained(folder / "model")
-    layer, _ = reference_layer(model.eval(), processor)
+    model = load_model(folder / "model")
+    layer, _ = reference_layer(model, processor)
     log(f"lite: learns from layer {layer}")
     lessons = Films(8_000_000, recipe.lite_steps * recipe.lite_batch, (8, 24), WEIGHTS)
     options = {
