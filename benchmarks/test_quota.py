@@ -1,6 +1,7 @@
 """QuoTA's ops at its own size, 160 frames of 27 x 27 tokens to 12,544 tokens, against a loop over the frames."""
 
 import pytest
+import qwen2_5_vl
 import torch
 import torch.nn.functional as F
 
@@ -134,47 +135,6 @@ OVERHEAD = (28, 3584, 28, 4, 18944, 64, 14, 3136) if torch.cuda.is_available() e
 PREFIX, TEXT = 14, 64
 
 
-def overhead_model(device):
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    layers, width, heads, kv_heads, inner, *_ = OVERHEAD
-    half = width // heads // 2
-    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": width,
-            "intermediate_size": inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "vocab_size": 1024,
-            "max_position_embeddings": 131072,
-            "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": sections},
-            "pad_token_id": 0,
-        },
-        vision_config={
-            "depth": 1,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_heads": 2,
-            "out_hidden_size": width,
-            "fullatt_block_indexes": [],
-        },
-        image_token_id=1000,
-        video_token_id=1001,
-        vision_start_token_id=1002,
-        vision_end_token_id=1003,
-    )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
-    try:
-        with torch.device(device):
-            return Qwen2_5_VLForConditionalGeneration(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-
-
 @torch.inference_mode()
 def test_overhead(timed, device, benchmark):
     """The method without its scorer: ``selection_share`` is the time of selection and shortening over that of the
@@ -183,7 +143,7 @@ def test_overhead(timed, device, benchmark):
     from qts_video.methods import QuoTA
 
     layers, *_, frames, side, budget = OVERHEAD
-    model, total = overhead_model(device), frames * side * side
+    model, total = qwen2_5_vl.build(*OVERHEAD[:5], device), frames * side * side
     ids = torch.tensor([[*range(1, PREFIX), 1002, *[1001] * total, 1003, *range(20, 19 + TEXT)]], device=device)
     inputs = {
         "input_ids": ids,
