@@ -5,6 +5,7 @@ Shape, dtype and device checks read no data: they run in the public functions an
 synchronise, and there the kernels clamp instead, so that no value can make them leave their memory.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -75,15 +76,18 @@ def check_cu_seqlens_values(name: str, cu_seqlens: Tensor, total: int) -> None:
 
 def check_not_negative_values(name: str, x: Tensor) -> None:
     """On the CPU, raise ValueError where an entry of ``x`` is negative."""
-    if x.device.type == "cpu" and x.numel() and int(x.min()) < 0:
-        raise ValueError(f"{name} must not be negative, got {int(x.min())}")
+    if x.device.type != "cpu" or not x.numel():
+        return
+    low, _ = _range(x)
+    if low < 0:
+        raise ValueError(f"{name} must not be negative, got {low}")
 
 
 def check_index_values(name: str, indices: Tensor, rows: int) -> None:
     """On the CPU, raise ValueError unless every index is -1 or in [0, rows)."""
     if indices.device.type != "cpu" or not indices.numel():
         return
-    low, high = (int(v) for v in torch.aminmax(indices))
+    low, high = _range(indices)
     if low < -1 or high >= rows:
         raise ValueError(f"{name} must be -1 or in [0, {rows}), got {low if low < -1 else high}")
 
@@ -92,6 +96,24 @@ def check_open_unit_values(name: str, x: Tensor) -> None:
     """On the CPU, raise ValueError unless every entry of ``x`` is in (0, 1)."""
     if x.device.type != "cpu" or not x.numel():
         return
-    outside = x[~((x > 0) & (x < 1))]
-    if outside.numel():
-        raise ValueError(f"{name} must be in (0, 1), got {outside[0].item()}")
+    low, high = _range(x)
+    if not (low > 0 and high < 1):
+        raise ValueError(f"{name} must be in (0, 1), got {high if low > 0 else low}")
+
+
+def check_weight_values(name: str, x: Tensor) -> None:
+    """On the CPU, raise ValueError unless every entry of ``x`` is finite and not negative."""
+    if x.device.type != "cpu" or not x.numel():
+        return
+    low, high = _range(x)
+    if not (low >= 0 and high < math.inf):
+        raise ValueError(f"{name} must be finite and not negative, got {high if low >= 0 else low}")
+
+
+def _range(x: Tensor) -> tuple[float, float]:
+    """The smallest and the largest entry; NaN for both where one is NaN."""
+    if x.numel() <= 32 and not x.is_floating_point():  # where a reduction costs more than Python does
+        values = x.flatten().tolist()
+        return min(values), max(values)
+    low, high = torch.aminmax(x)
+    return low.item(), high.item()

@@ -6,7 +6,9 @@ from torch import Tensor
 
 def uniform_cu_seqlens(segments: int, length: int, device: torch.device) -> Tensor:
     """int32 [segments+1]: the cu_seqlens of a dense batch."""
-    return torch.arange(segments + 1, dtype=torch.int32, device=device) * length
+    if length == 0:
+        return torch.zeros(segments + 1, dtype=torch.int32, device=device)
+    return torch.arange(0, segments * length + 1, length, dtype=torch.int32, device=device)
 
 
 def segment_ids(cu_seqlens: Tensor, rows: int) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 
 from qts_kernels import backends
-from qts_kernels._checks import check_cu_seqlens_values, check_not_negative_values
+from qts_kernels._checks import check_cu_seqlens_values, check_not_negative_values, check_weight_values
 from qts_kernels.ops.allocate_tokens import reference
 
 
@@ -19,7 +19,7 @@ backends.register("allocate_tokens", reference.allocate_tokens, native=("cpu",),
 @torch.library.impl("qts_kernels::allocate_tokens", ("cpu", "cuda"))
 def _allocate_tokens(weights, cu_seqlens, total, cap):
     check_cu_seqlens_values("cu_seqlens", cu_seqlens, weights.shape[0])
-    _check_weights(weights)
+    check_weight_values("weights", weights)
     check_not_negative_values("total", total)
     if total.device.type == "cpu" and int(total.max()) > reference.MAX_TOTAL:
         raise ValueError(f"total must be below 2^31, got {int(total.max())}")
@@ -27,11 +27,3 @@ def _allocate_tokens(weights, cu_seqlens, total, cap):
         check_not_negative_values("cap", cap)
     # The op takes float64 as its input type, which is no reason to ask for the reference.
     return backends.implementation("allocate_tokens", cu_seqlens)(weights, cu_seqlens, total, cap)
-
-
-def _check_weights(weights: torch.Tensor) -> None:
-    if weights.device.type != "cpu":
-        return
-    bad = weights[~(weights.isfinite() & (weights >= 0))]
-    if bad.numel():
-        raise ValueError(f"weights must be finite and not negative, got {bad[0].item()}")
