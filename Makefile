@@ -12,7 +12,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -nam
 # Tests that load a model in two processes at once run out of neither cores nor memory on the smallest machine.
 JOBS ?= 2
 
-.PHONY: demo test test-dropin lint bench gpu miniworld miniworld-report wheel wheel-matrix doctor clean
+.PHONY: demo test test-dropin lint bench gpu gpu-peers miniworld miniworld-report wheel wheel-matrix doctor clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/native  ## answer a question about a video, with and without selection
@@ -44,8 +44,12 @@ miniworld-report: $(VENV)/native  ## what selection costs in answers: tables in 
 	$(BIN)/python -m qts_video.miniworld report --model $(MINIWORLD) --json $(MINIWORLD_FIGURES) --markdown docs/miniworld.md --summary README.md
 	$(BIN)/python -m qts_video.miniworld publish --model $(MINIWORLD) --json $(MINIWORLD_FIGURES)
 
+STEPS ?= build tests sanitize benchmarks
 gpu:  ## on a GPU machine: build, test, sanitize, benchmark, in one call
-	bash benchmarks/gpu.sh
+	bash benchmarks/gpu.sh $(STEPS)
+
+gpu-peers:  ## the peers of those benchmarks as wheels in .whl/, for a GPU machine without a network
+	bash benchmarks/peers.sh
 
 # Built from the sdist, in an environment of its own; torch and the CUDA runtime come with the torch it is used with.
 # (`python -m build` would take the folder build/ for the module.)

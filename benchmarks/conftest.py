@@ -2,22 +2,28 @@
 
 A benchmark is a row (op, shape, who). It checks its answer before it times it. Times are only ever compared within
 one run; the table gives each peer's median over ours. The JSON under benchmarks/results/ holds the machine's and the
-versions' names beside them; where it is of this machine, a run fails that lost more than 15 % of a ratio in it.
+versions' names beside them, and is rendered as a table and a plot there; where it is of this machine, a run fails that
+lost more than 15 % of a ratio in it. So does one in which an op is slower than its own eager reference.
 """
 
 import platform
 import re
-from collections import defaultdict
-from datetime import datetime, timezone
+import time
 from pathlib import Path
 
+import ceilings
 import guard
 import pytest
+import report
 import torch
 import triton
+from clock import GpuClock, captured
+from report import OURS
 
 RESULTS = Path(__file__).parent / "results"
-OURS = "qts_kernels"
+SHORTEST_ROUND = 2e-4
+"""Seconds of a CPU round: a shorter call is repeated in it, for a clock reading costs some tenths of a microsecond."""
+EXTRAS = "op", "shape", "who", "floor_s", "peak_mb", "flop_ratio", "selection_share"
 
 
 def machine() -> str:
@@ -37,66 +43,54 @@ def device() -> str:
 
 
 @pytest.fixture
-def timed(benchmark, device):
-    """timed(op, shape, who, fn): time ``fn`` and file it under (op, shape, who). On a GPU: CUDA-graph replays behind
-    a cleared L2."""
+def gpu_clock(request, device) -> GpuClock | None:
+    """The timer of the ``benchmark`` fixture, which reads its marker: ask for it first. None on a CPU."""
+    if device == "cpu":
+        return None
+    clock = GpuClock()
+    request.node.add_marker(pytest.mark.benchmark(timer=clock))
+    return clock
 
-    def run(op: str, shape: str, who: str, fn, *, graph: bool = True):
+
+@pytest.fixture
+def timed(gpu_clock, benchmark, device):
+    """timed(op, shape, who, fn): time ``fn`` for about ``seconds`` and file it under (op, shape, who).
+
+    On a GPU: its own time behind a cleared L2, of a CUDA graph's replay where ``graph``. ``work`` is what the op can't
+    avoid, by which the table says how near to the floor it came.
+    """
+
+    def run(op, shape, who, fn, *, graph: bool = True, seconds: float = 2.0, work: ceilings.Work | None = None):
         benchmark.group = f"{op} | {shape}"
         benchmark.name = who
         benchmark.extra_info.update(op=op, shape=shape, who=who)
+        if work is not None:
+            benchmark.extra_info["floor_s"] = work.floor(device)
         fn()
-        if device == "cpu":
-            once = _once(fn)
-            rounds = max(5, min(50, int(2.0 / max(once, 1e-4)))) if once < 5 else 2
-            benchmark.pedantic(fn, rounds=rounds, iterations=1, warmup_rounds=2 if once < 5 else 0)
-            return
-        replay = _captured(fn) if graph else fn
-        scrub = torch.empty(256 << 20, dtype=torch.int8, device=device)  # several times the L2 of any card so far
-
-        def cold():
-            replay()
-            torch.cuda.synchronize()
-
-        def clear():
-            scrub.zero_()
-            torch.cuda.synchronize()
-
-        clear()
-        rounds = max(3, min(50, int(2.0 / max(_once(cold), 1e-4))))
-        benchmark.pedantic(cold, setup=clear, rounds=rounds, iterations=1, warmup_rounds=min(5, rounds))
+        if gpu_clock is not None:
+            fn = gpu_clock.timed(captured(fn) if graph else fn)
+            fn()
+        once = _once(fn)
+        iterations = 1 if gpu_clock is not None else max(1, int(SHORTEST_ROUND / once))
+        rounds = max(5, min(50, int(seconds / (once * iterations)))) if once < 5 else 2
+        benchmark.pedantic(fn, rounds=rounds, iterations=iterations, warmup_rounds=2 if once < 5 else 0)
 
     return run
 
 
 def _once(fn) -> float:
-    start = datetime.now(timezone.utc)
+    start = time.perf_counter()
     fn()
-    return (datetime.now(timezone.utc) - start).total_seconds()
-
-
-def _captured(fn):
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            fn()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        fn()
-    return graph.replay
+    return time.perf_counter() - start
 
 
 def rows(benchmarks) -> list[dict]:
     """One dictionary a benchmark: op, shape, who, median and interquartile range in seconds, the median's ratio to
-    ours, and where it was measured the peak memory in MB and the limit that the FLOPs set to a speed-up."""
+    ours, and where it is known the floor in seconds, the peak memory in MB and the limit that the FLOPs set to a
+    speed-up."""
     found = [
         {
-            **{
-                k: b.extra_info[k]
-                for k in ("op", "shape", "who", "peak_mb", "flop_ratio", "selection_share")
-                if k in b.extra_info
-            },
+            **{k: b.extra_info[k] for k in EXTRAS if k in b.extra_info},
             "median_s": b.stats.median,
             "iqr_s": b.stats.iqr,
         }
@@ -119,6 +113,12 @@ def pytest_addoption(parser):
     )
 
 
+def pytest_configure(config):
+    # The table below says it shorter; --benchmark-verbose brings pytest-benchmark's own back.
+    if hasattr(config.option, "benchmark_quiet"):
+        config.option.benchmark_quiet = True
+
+
 def results_path() -> Path:
     name = re.sub(r"[^A-Za-z0-9]+", "-", machine()).strip("-").lower()
     return RESULTS / f"{name}.json"
@@ -132,9 +132,11 @@ def measured(config) -> list[dict]:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
     config = session.config
-    if config.getoption("--record-results") or exitstatus != pytest.ExitCode.OK:
+    if exitstatus != pytest.ExitCode.OK:
         return
-    if guard.lost(guard.read_rows(results_path()), measured(config)):
+    found = measured(config)
+    lost = [] if config.getoption("--record-results") else guard.lost(guard.read_rows(results_path()), found)
+    if lost or guard.slower(found):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -142,27 +144,21 @@ def pytest_terminal_summary(terminalreporter, config):
     found = measured(config)
     if not found:
         return
-    table = defaultdict(list)
-    for r in found:
-        table[r["op"], r["shape"]].append(r)
     write = terminalreporter.write_line
     write("")
     write(f"time relative to {OURS} (above 1: {OURS} is faster); {machine()}")
-    for (op, shape), group in table.items():
-        write(f"{op}  {shape}")
-        for r in sorted(group, key=lambda r: r["median_s"]):
-            ratio = "" if r["ratio_to_ours"] is None else f"{r['ratio_to_ours']:8.2f}x"
-            peak = "" if "peak_mb" not in r else f"   peak {r['peak_mb']} MB"
-            peak += "" if "selection_share" not in r else f"   selection {r['selection_share']:.2%} of the prefill"
-            write(f"    {r['who']:34s} {r['median_s'] * 1e3:10.3f} ms  +- {r['iqr_s'] * 1e3:7.3f} {ratio:>9}{peak}")
+    for line in report.terminal_lines(found):
+        write(line)
+    for row in guard.slower(found):
+        write(f"SLOWER  {guard.label(row)}: {row['ratio_to_ours']:.2f}x", red=True)
     path = results_path()
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     if path.exists() and not config.getoption("--record-results"):
         for row, before in guard.lost(guard.read_rows(path), found):
-            of = f"{row['op']}  {row['shape']}  {row['who']}"
-            write(f"LOST  {of}: {row['ratio_to_ours']:.2f}x, and {before:.2f}x in {shown}", red=True)
+            write(f"LOST  {guard.label(row)}: {row['ratio_to_ours']:.2f}x, and {before:.2f}x in {shown}", red=True)
         write(f"compared with {shown} (--record-results writes it anew)")
         return
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
-    guard.write_rows(path, found, machine(), versions)
-    write(f"written to {shown}")
+    rates = ceilings.measured("cuda" if torch.cuda.is_available() else "cpu")
+    guard.write_rows(path, found, machine(), versions, rates)
+    write(f"written to {shown}, {', '.join(of.name for of in report.render(path))}")

@@ -8,6 +8,9 @@ from typing import Any
 ALLOWED = 0.15
 """Share of a ratio that may go before it counts as lost."""
 
+REFERENCE = "eager reference"
+"""Who: the op's own eager PyTorch, by ``backends.force("reference")``."""
+
 Row = dict[str, Any]
 
 
@@ -32,13 +35,26 @@ def lost(stored: list[Row], rows: list[Row], allowed: float = ALLOWED) -> list[t
     ]
 
 
-def write_rows(path: Path, rows: list[Row], machine: str, versions: dict[str, str]) -> None:
+def slower(rows: list[Row], allowed: float = ALLOWED) -> list[Row]:
+    """The rows of an eager reference, which keeps the op's own contract, that is faster than the op by more than
+    ``allowed``."""
+    return [row for row in rows if row["who"] == REFERENCE and (row["ratio_to_ours"] or 1) < 1 - allowed]
+
+
+def label(row: Row) -> str:
+    return "  ".join(key(row))
+
+
+def write_rows(
+    path: Path, rows: list[Row], machine: str, versions: dict[str, str], ceilings: dict[str, float] | None = None
+) -> None:
     """Put ``rows`` into a results file, in the place of the same measurements of earlier runs."""
     merged = {key(row): row for row in [*read_rows(path), *rows]}
     results = {
         "machine": machine,
         "date": datetime.now(timezone.utc).date().isoformat(),
         "versions": versions,
+        "ceilings": ceilings or {},
         "rows": [merged[of] for of in sorted(merged)],
     }
     path.parent.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+from ceilings import Work
 from torch.nn import functional as F
 
 import qts_kernels
@@ -67,6 +68,19 @@ def name(shape, dtype):
     return f"{dtype} M={m} D={d} heads={heads}/{kv_heads} L={length}"
 
 
+def relevance_work(shape, dtype):
+    """Two passes over the keys: the denominators, and the best of each key."""
+    m, _, heads, kv_heads, length = shape
+    passes = 2 * (2 * heads * length * m * HEAD_DIM)
+    return Work(bytes=m * (kv_heads * HEAD_DIM * dtype.itemsize + 4), flops=passes, dtype=dtype)
+
+
+def scorer_work(shape, dtype):
+    m, d, _, kv_heads, _ = shape
+    projection = Work(bytes=m * d * dtype.itemsize, flops=2 * m * d * kv_heads * HEAD_DIM, dtype=dtype)
+    return projection + relevance_work(shape, dtype)
+
+
 def check(ours, eager, exact):
     assert_within_budget(ours, eager, exact, atol=1e-7)
 
@@ -110,7 +124,8 @@ def test_score_raw_tokens(timed, device, shape, dtype, who):
     if who == "qts_kernels":
         exact = eager_scorer(x.double(), norm.double(), weight.double(), query.double())
         check(runs[who](), runs["eager, as a model writes it"](), exact)
-    timed("score raw tokens", name(shape, dtype), who, runs[who])
+    work = scorer_work(shape, DTYPES[dtype]) if who == "qts_kernels" else None
+    timed("score raw tokens", name(shape, dtype), who, runs[who], work=work)
 
 
 @pytest.mark.parametrize("who", ["qts_kernels", "eager", "torch.compile", "flash-colreduce"])
@@ -132,19 +147,81 @@ def test_relevance(timed, device, shape, dtype, who):
         assert_within_budget(runs[who](), runs["eager"](), eager_relevance(query.double(), key.double()), atol=1e-4)
     if who == "qts_kernels":
         check(runs[who](), runs["eager"](), eager_relevance(query.double(), key.double()))
-    timed("relevance", name(shape, dtype), who, runs[who])
+    work = relevance_work(shape, DTYPES[dtype]) if who == "qts_kernels" else None
+    timed("relevance", name(shape, dtype), who, runs[who], work=work)
+
+
+@pytest.mark.parametrize("who", ["qts_kernels", "qts_kernels, forward alone", "eager"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_relevance_backward(timed, device, shape, dtype, who):
+    """Forward and backward; the forward alone beside it, for what the backward adds."""
+    m, _, heads, kv_heads, length = shape
+    draw = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    query = torch.randn(1, length, heads, HEAD_DIM, **draw).to(DTYPES[dtype]).requires_grad_()
+    key = torch.randn(1, m, kv_heads, HEAD_DIM, **draw).to(DTYPES[dtype]).requires_grad_()
+    weight = torch.rand(1, m, **draw)
+
+    def gradients(score, *inputs):
+        return torch.autograd.grad((score(*inputs) * weight).sum(), inputs)
+
+    runs = {
+        "qts_kernels": lambda: gradients(qts_kernels.relevance, query, key),
+        "qts_kernels, forward alone": lambda: qts_kernels.relevance(query, key),
+        "eager": lambda: gradients(eager_relevance, query, key),
+    }
+    if who == "qts_kernels":
+        exact = gradients(eager_relevance, *(x.detach().double().requires_grad_() for x in (query, key)))
+        for ours, eager, fine in zip(runs[who](), runs["eager"](), exact, strict=True):
+            assert_within_budget(ours, eager, fine)
+    timed("relevance, forward and backward", name(shape, dtype), who, runs[who])
+
+
+@pytest.mark.parametrize("who", ["qts_kernels", "one video of their length"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@torch.inference_mode()
+def test_ragged_batch(timed, device, shape, dtype, who):
+    """Scores and Top-n of eight videos of different lengths, against as many tokens of one."""
+    m, _, heads, kv_heads, length = shape
+    lengths = [m * share // 36 for share in range(1, 9)]
+    lengths[-1] += m - sum(lengths)
+    draw = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    query = torch.randn(8 * length, heads, HEAD_DIM, **draw).to(DTYPES[dtype])
+    key = torch.randn(m, kv_heads, HEAD_DIM, **draw).to(DTYPES[dtype])
+    eighth = query[:length]
+    cu_query = torch.arange(0, 8 * length + 1, length, dtype=torch.int32, device=device)
+    cu_key = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(device)
+    kept = torch.tensor([of // 10 for of in lengths], device=device)
+
+    def batch():
+        scores = qts_kernels.relevance(query, key, cu_seqlens_q=cu_query, cu_seqlens_k=cu_key)
+        return qts_kernels.topn(scores, kept, cu_seqlens=cu_key, max_n=max(lengths) // 10)[0]
+
+    def one():
+        return qts_kernels.topn(qts_kernels.relevance(eighth[None], key[None]), m // 10)[0]
+
+    if who == "qts_kernels":
+        parts = zip(query.split(length), key.split(lengths), kept.tolist(), strict=True)
+        alone = [qts_kernels.topn(qts_kernels.relevance(q[None], k[None]), n)[0] for q, k, n in parts]
+        starts = cu_key[:-1].tolist()
+        expected = torch.cat([of + start for of, start in zip(alone, starts, strict=True)])
+        shared = torch.isin(batch()[: len(expected)], expected).float().mean()
+        assert shared > 0.999  # scores within rounding of each other may trade places at a border
+    shape_name = f"{name(shape, dtype)}, 8 videos"
+    timed("relevance + topn", shape_name, who, {"qts_kernels": batch, "one video of their length": one}[who])
 
 
 def colreduce(query, key, device):
     """The peer, with the head expansion and the reduction over heads that it lacks."""
     if device == "cpu" or importlib.util.find_spec("flash_colreduce") is None:
         pytest.skip("flash-colreduce runs on a GPU and where it is installed")
-    from flash_colreduce import flash_colmax
+    from flash_colreduce import flash_colreduce
 
     group = query.shape[2] // key.shape[2]
 
     def run():
         wide = key.repeat_interleave(group, dim=2).transpose(1, 2).contiguous()
-        return flash_colmax(query.transpose(1, 2).contiguous(), wide).amax(1)
+        return flash_colreduce(query.transpose(1, 2).contiguous(), wide, reduction="max").amax(1)
 
     return run

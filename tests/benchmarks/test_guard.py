@@ -40,6 +40,11 @@ def test_rows_replace_the_same_measurements_and_keep_the_others(tmp_path):
     assert guard.read_rows(tmp_path / "absent.json") == []
 
 
+def test_only_an_eager_reference_that_is_faster_is_slower_for_us():
+    rows = [row(guard.REFERENCE, 0.84), row(guard.REFERENCE, 0.86), row("a line of PyTorch", 0.1)]
+    assert guard.slower([*rows, row(guard.REFERENCE, None)]) == rows[:1]
+
+
 BENCHMARK = """
 import time
 import pytest
@@ -53,7 +58,7 @@ def test_one(timed, who):
 @pytest.fixture
 def run(tmp_path):
     """run(*options): a benchmark of 2x in a folder of its own; (exit status, output)."""
-    for name in ("conftest.py", "guard.py"):
+    for name in ("conftest.py", "guard.py", "report.py", "clock.py", "ceilings.py"):
         (tmp_path / name).write_text((BENCHMARKS / name).read_text())
     (tmp_path / "test_sleep.py").write_text(BENCHMARK)
 

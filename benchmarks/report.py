@@ -1,0 +1,110 @@
+"""Results for people: a short table on the terminal, and beside the JSON a rendered table and a plot.
+
+``python benchmarks/report.py RESULTS.json`` renders again what a run has left.
+"""
+
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+OURS = "qts_kernels"
+
+Row = dict[str, Any]
+
+
+def grouped(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each (op, shape), the fastest first."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["op"], row["shape"]].append(row)
+    return {of: sorted(group, key=lambda row: row["median_s"]) for of, group in groups.items()}
+
+
+def notes(row: Row) -> Iterator[str]:
+    """What a row knows besides its times."""
+    if row.get("floor_s"):
+        yield f"floor {row['floor_s'] / row['median_s']:.0%}"
+    if "peak_mb" in row:
+        yield f"peak {row['peak_mb']} MB"
+    if "selection_share" in row:
+        yield f"selection {row['selection_share']:.2%} of the prefill"
+
+
+def ratio(row: Row) -> str:
+    return "" if row["ratio_to_ours"] is None else f"{row['ratio_to_ours']:.2f}x"
+
+
+def terminal_lines(rows: list[Row]) -> Iterator[str]:
+    """A block for each (op, shape), a line for each who."""
+    for (op, shape), group in grouped(rows).items():
+        yield f"{op}  {shape}"
+        for row in group:
+            times = f"{row['median_s'] * 1e3:10.3f} ms  +- {row['iqr_s'] * 1e3:7.3f}"
+            yield f"    {row['who']:34s} {times} {ratio(row):>9}   {', '.join(notes(row))}".rstrip()
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The whole file as tables, one an op."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    ceilings = results.get("ceilings")
+    lines = [
+        f"# {results['machine']}",
+        "",
+        f"Medians and interquartile ranges, {results['date']}; {versions}. Ratio: how many times as long it takes as "
+        f"{OURS}, in the same run. Floor: the share of its time that moving the bytes or multiplying would take at "
+        "the rates measured here.",
+        "",
+    ]
+    if ceilings:
+        lines += ["Measured: " + ", ".join(f"{name} {value}" for name, value in ceilings.items()) + ".", ""]
+    by_op = defaultdict(list)
+    for (op, shape), group in grouped(results["rows"]).items():
+        by_op[op] += [(shape, row) for row in group]
+    for op, of_op in by_op.items():
+        lines += [f"## {op}", "", "| shape | who | ms | +- | ratio | |", "|---|---|---|---|---|---|"]
+        for shape, row in of_op:
+            cells = shape, row["who"], f"{row['median_s'] * 1e3:.3f}", f"{row['iqr_s'] * 1e3:.3f}", ratio(row)
+            lines.append(f"| {' | '.join(cells)} | {', '.join(notes(row))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """A bar for every peer: how many times as long it takes, on a logarithmic scale; left of 1 it is faster."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    peers = [row for row in results["rows"] if row["ratio_to_ours"] and row["who"] != OURS]
+    peers.sort(key=lambda row: (row["op"], row["shape"], row["ratio_to_ours"]), reverse=True)
+    labels = [f"{row['op']}  {row['shape']}: {row['who']}" for row in peers]
+    ratios = [row["ratio_to_ours"] for row in peers]
+    figure, axes = pyplot.subplots(figsize=(11, 1 + 0.2 * len(peers)), layout="constrained")
+    axes.barh(labels, [math.log10(r) for r in ratios], color=["#2a7" if r >= 1 else "#c54" for r in ratios])
+    ticks = range(math.floor(math.log10(min(ratios, default=1))), math.ceil(math.log10(max(ratios, default=1))) + 1)
+    axes.set_xticks(ticks, [f"{10.0**tick:g}x" for tick in ticks])
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.tick_params(axis="y", labelsize=6)
+    axes.margins(y=0.002)
+    axes.set_title(f"Time of peers, in times of {OURS}: {results['machine']}", fontsize=9)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def render(path: Path) -> list[Path]:
+    """Write the table and the plot of a results file beside it."""
+    results = json.loads(path.read_text())
+    table, picture = path.with_suffix(".md"), path.with_suffix(".png")
+    table.write_text(markdown(results))
+    plot(results, picture)
+    return [table, picture]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(*render(Path(name)))
