@@ -1,126 +1,131 @@
-// Exact selection by radix: which key is the last to be kept, and how many of its ties.
+// Exact selection: which key is the last to be kept, and how many of its ties.
 //
-// A score becomes a 32-bit key that sorts as the score does: NaN lowest, then -inf, then up to +inf; -0 equals +0. A
-// row is kept when its key is above the threshold, or equal to it and among the first ties. Nothing here is bounded by
-// a guess: every buffer has the size that a count has given.
+// A sample gives a bracket that most likely holds the key; one pass counts what lies above the bracket and copies what
+// lies inside, among which the search goes on. Where the bracket has missed, the counts say so and a second pass takes
+// the side where the key is. Whatever the sample, the result is the same.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <limits>
+#include <functional>
 #include <memory>
-#include <vector>
+#include <utility>
+
+#include "topn/kernels.h"
 
 namespace qts::topn {
 
-constexpr int kBlock = 1024;
-// Three digits of a key, most significant first: 2048 counters are 8 KiB, which stays in the first-level cache.
-constexpr int kBins = 2048;
-constexpr int kShift[3] = {21, 10, 0};
-constexpr uint32_t kMask[3] = {0x7ff, 0x7ff, 0x3ff};
-
-inline uint32_t ordered_key(uint32_t bits) {
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t key = bits >> 31 ? ~bits : bits | 0x80000000u;
-  return magnitude > 0x7f800000u ? 0u : magnitude == 0u ? 0x80000000u : key;
-}
-
-inline uint32_t ordered_key(float score) {
-  uint32_t bits;
-  std::memcpy(&bits, &score, sizeof bits);
-  return ordered_key(bits);
-}
-
-// The loop is kept apart from the counting so that the compiler makes it a vector loop.
-inline void ordered_keys(const float* scores, int count, uint32_t* keys) {
-  for (int i = 0; i < count; ++i) keys[i] = ordered_key(scores[i]);
-}
-
-// One digit's histogram. Neighbouring scores often fall into one bin, so four counters a bin keep the additions from
-// waiting for one another.
-class Histogram {
+// Room for keys, which have no value until they are written. To grow it loses them.
+class Keys {
  public:
-  Histogram() : counters_(new uint32_t[4 * kBins]) { clear(); }
-  void clear() { std::memset(counters_.get(), 0, sizeof(uint32_t) * 4 * kBins); }
-  void add(uint32_t digit, int lane) { ++counters_[4 * digit + lane]; }
-  int64_t count(uint32_t digit) const {
-    const uint32_t* c = &counters_[4 * digit];
-    return int64_t{c[0]} + c[1] + c[2] + c[3];
+  int32_t* room_for(int64_t count) {
+    if (count > size_) keys_.reset(new int32_t[static_cast<size_t>(size_ = count)]);
+    return get();
   }
+  int32_t* get() const { return keys_.get(); }
 
  private:
-  std::unique_ptr<uint32_t[]> counters_;
+  std::unique_ptr<int32_t[]> keys_;
+  int64_t size_ = 0;
 };
 
-// A stretch of a segment's rows, which one thread counts and writes.
-struct Part {
-  int64_t start, stop;
-  Histogram histogram;
-  std::vector<uint32_t> candidates;  // keys that share the threshold's first digit
-  int64_t above = 0;                 // rows above the threshold
-
-  void count_first(const float* scores) {
-    histogram.clear();
-    each_block(scores, [&](const uint32_t* keys, int count) {
-      for (int i = 0; i < count; ++i) histogram.add(keys[i] >> kShift[0], i & 3);
-    });
-  }
-
-  void count_second(const float* scores, uint32_t first) {
-    // One more than the count: the loop below writes every key, and moves on where the key belongs.
-    candidates.resize(static_cast<size_t>(histogram.count(first)) + 1);
-    histogram.clear();
-    uint32_t* end = candidates.data();
-    each_block(scores, [&](const uint32_t* keys, int count) {
-      for (int i = 0; i < count; ++i) {
-        *end = keys[i];
-        end += keys[i] >> kShift[0] == first;
-      }
-    });
-    candidates.resize(static_cast<size_t>(end - candidates.data()));
-    for (size_t i = 0; i < candidates.size(); ++i)
-      histogram.add(candidates[i] >> kShift[1] & kMask[1], static_cast<int>(i & 3));
-  }
-
-  void count_third(uint32_t first, uint32_t second) {
-    histogram.clear();
-    const uint32_t prefix = first << (kShift[0] - kShift[1]) | second;
-    int lane = 0;
-    for (const uint32_t key : candidates)
-      if (key >> kShift[1] == prefix) histogram.add(key & kMask[2], lane++ & 3);
-  }
-
-  template <class F>
-  void each_block(const float* scores, F&& use) const {
-    uint32_t keys[kBlock];
-    for (int64_t i = start; i < stop; i += kBlock) {
-      const int count = static_cast<int>(std::min<int64_t>(kBlock, stop - i));
-      ordered_keys(scores + i, count, keys);
-      use(keys, count);
-    }
-  }
+// The candidates of this round, and those of the next.
+struct Scratch {
+  Keys from, to;
 };
 
-// Writes the kept rows of [start, stop) in ascending order: those above `threshold`, and the first `ties` equal to it.
-inline void write_rows(
-    const float* scores, int64_t start, int64_t stop, uint32_t threshold, int64_t ties, int64_t* out) {
-  uint32_t keys[kBlock];
-  int64_t rows[kBlock];
-  for (int64_t i = start; i < stop; i += kBlock) {
-    const int count = static_cast<int>(std::min<int64_t>(kBlock, stop - i));
-    ordered_keys(scores + i, count, keys);
-    int kept = 0;
-    for (int j = 0; j < count; ++j) {
-      // Written always, kept sometimes: a branch on a random score would be mispredicted.
-      rows[kept] = i + j;
-      const bool tie = (keys[j] == threshold) & (ties > 0);
-      ties -= tie;
-      kept += (keys[j] > threshold) | tie;
-    }
-    std::memcpy(out, rows, sizeof(int64_t) * static_cast<size_t>(kept));
-    out += kept;
+// `kept` rows equal to `key` belong to the selection, of `equal` that there are.
+struct Threshold {
+  int32_t key;
+  int64_t kept, equal;
+};
+
+// Where the search stands: the threshold, or how many candidates are left and the rank that is sought among them.
+struct Search {
+  bool found;
+  Threshold threshold;
+  int64_t left, rank;
+};
+
+inline Search found_at(int32_t key, int64_t kept, int64_t equal) { return {true, {key, kept, equal}, 0, 0}; }
+inline Search left_with(int64_t left, int64_t rank) { return {false, {}, left, rank}; }
+
+// Bounds about the rank among `count` keys: where the same share of the sample lies, and 2.5 standard deviations to
+// each side, which one sample in a hundred misses.
+template <class T>
+KeyBracket bracket(const T* from, int64_t count, int64_t rank) {
+  // A larger sample takes longer, and leaves fewer candidates: measured with AVX-512.
+  const int size = count < 1 << 14 ? kRanked : count < 1 << 18 ? 2 * kRanked : kLargestSample;
+  const double share = static_cast<double>(rank) / static_cast<double>(count), middle = share * size;
+  const double away = 2.5 * std::sqrt(middle * (1.0 - share)) + 0.5;
+  const auto low = static_cast<int>(std::ceil(middle + away));
+  const auto high = static_cast<int>(std::floor(middle - away));
+  KeyBracket b = QTS_DISPATCH(sample_keys, from, count, size, low, high);
+  // With nothing between the bounds, take them in.
+  if (b.low == b.high) b = {b.low - 1, b.high + 1};
+  return b;
+}
+
+// One round. split(low, high) makes the keys strictly between them the candidates, and counts those of `high` or more.
+template <class F>
+Search narrow(const KeyBracket& b, int64_t rank, const F& split) {
+  const KeySplit first = split(b.low, b.high);
+  if (rank <= first.above) {
+    const KeySplit over = split(b.high, kAboveKeys);
+    if (rank <= over.inside) return left_with(over.inside, rank);
+    return found_at(b.high, rank - over.inside, first.above - over.inside);
   }
+  rank -= first.above;
+  if (rank <= first.inside) {
+    const bool one_key = int64_t{b.high} - b.low == 2;
+    return one_key ? found_at(b.low + 1, rank, first.inside) : left_with(first.inside, rank);
+  }
+  rank -= first.inside;
+  const KeySplit under = split(kBelowKeys, b.low);
+  const int64_t equal = under.above - first.above - first.inside;
+  return rank <= equal ? found_at(b.low, rank, equal) : left_with(under.inside, rank - equal);
+}
+
+// Goes on from the first round's outcome; its candidates are in scratch.from, and `before` is how many keys it saw.
+inline Threshold finish(Search search, int64_t before, Scratch& scratch) {
+  int stalls = 0;
+  while (!search.found) {
+    const int64_t count = search.left, rank = search.rank;
+    int32_t *keys = scratch.from.get(), *to = scratch.to.room_for(count + kSlack);
+    const auto split = [&](int32_t low, int32_t high) { return QTS_DISPATCH(split_keys, keys, count, low, high, to); };
+    const auto found = [&](int32_t key) {
+      const KeySplit ties = split(key - 1, key + 1);
+      return Threshold{key, rank - ties.above, ties.inside};
+    };
+    if (count <= kRanked) return found(QTS_DISPATCH(key_at_rank, keys, count, rank));
+    // All rounds but one take off a quarter, or the search ends here: no data makes it slow.
+    if (count > before - before / 4 && ++stalls == 2) {
+      std::nth_element(keys, keys + rank - 1, keys + count, std::greater<int32_t>());
+      return found(keys[rank - 1]);
+    }
+    search = narrow(bracket(keys, count, rank), rank, split);
+    std::swap(scratch.from, scratch.to);
+    before = count;
+  }
+  return search.threshold;
+}
+
+// The threshold of the `rank` best of count scores, 0 < rank <= count.
+inline Threshold find_threshold(const float* scores, int64_t count, int64_t rank, Scratch& scratch) {
+  int32_t* keys = scratch.from.room_for(count + kSlack);
+  if (count <= kRanked) {
+    QTS_DISPATCH(order_keys, scores, count, keys);
+    return finish(left_with(count, rank), count, scratch);
+  }
+  const auto split = [&](int32_t low, int32_t high) { return QTS_DISPATCH(split_keys, scores, count, low, high, keys); };
+  return finish(narrow(bracket(scores, count, rank), rank, split), count, scratch);
+}
+
+inline void write_kept(const float* scores, int64_t count, Threshold t, int64_t first_row, int64_t* out) {
+  // Where all ties are kept, they need no counting.
+  const bool all = t.kept == t.equal;
+  QTS_DISPATCH(write_rows, scores, count, all ? t.key - 1 : t.key, all ? 0 : t.kept, first_row, out);
 }
 
 }  // namespace qts::topn

@@ -1,10 +1,14 @@
-"""topn: exactly the best rows, ties and NaN included, on every device, against sorting with numpy."""
+"""topn: exactly the best rows, ties and NaN included, on every device, against sorting with numpy. Run as a script it
+makes the sweep over the native code alone, for the instruction set that QTS_CPU_ISA names."""
+
+import sys
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from instruction_sets import check_sweep
 
 import qts_kernels
 from qts_kernels import _native, backends
@@ -53,6 +57,15 @@ KINDS = {
         torch.randint(0, 10, (m,), generator=g)
     ],
     "any bits": lambda m, g: torch.randint(-(2**31), 2**31, (m,), generator=g).int().view(torch.float32),
+    "rising": lambda m, g: torch.arange(m).float(),
+    "falling": lambda m, g: torch.arange(m).neg().float(),
+    "periodic": lambda m, g: torch.arange(m).remainder(64).float(),
+    "steps": lambda m, g: torch.arange(m).mul(64).div(max(m, 1), rounding_mode="floor").float(),
+    "two values": lambda m, g: torch.randint(0, 2, (m,), generator=g).sub(0.5),
+    "outliers": lambda m, g: torch.randn(m, generator=g).mul(torch.rand(m, generator=g) < 0.01),
+    "all NaN": lambda m, g: torch.full((m,), NAN),
+    "half NaN": lambda m, g: torch.randn(m, generator=g).sqrt(),
+    "infinities": lambda m, g: torch.randint(-1, 2, (m,), generator=g).div(0.0),
 }
 
 
@@ -73,7 +86,7 @@ def test_against_sorting(device, kind, lengths):
 @pytest.mark.parametrize("kind", KINDS)
 def test_native_is_the_reference_bit_for_bit(kind):
     generator = torch.Generator().manual_seed(1)
-    for lengths in ([300_000], [262_144, 1, 262_143, 33_000], [0, 0, 9], [20] * 300, [600, 100] * 40):
+    for lengths in ([2**20, 1, 33_000], [2**18, 1, 2**18 - 1], [0, 0, 9], [20] * 300, [600, 100] * 400):
         scores = KINDS[kind](sum(lengths), generator)
         n = torch.tensor([length // 3 for length in lengths])
         for max_n in (None, max(lengths) // 4):
@@ -88,16 +101,92 @@ def test_native_is_the_reference_bit_for_bit(kind):
 
 @NATIVE
 def test_threads_do_not_change_a_bit():
-    scores = torch.randint(0, 50, (400_000,), generator=torch.Generator().manual_seed(0)).float()
+    scores = torch.randint(0, 50, (1_800_000,), generator=torch.Generator().manual_seed(0)).float()
+    # Threads share segments, by their rows: long ones, short ones, and where one share has many of the others' rows.
+    segments = ragged_cu_seqlens([700_000, 3, 0, 500_000, *[1000] * 300, 299_997])
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             with backends.force("native", "topn"):
-                results.append(qts_kernels.topn(scores, 123_457)[0])
+                results.append(qts_kernels.topn(scores, 12_345, cu_seqlens=segments)[0])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+def check_random_segments(segments, length, n, generator):
+    """Distinct scores in so many segments that in some a sample of a segment's rows says nothing about the rest."""
+    scores = torch.rand(segments, length, generator=generator).argsort(1).float()
+    best = (scores >= length - n).nonzero()  # the scores are the ranks, from 0
+    got, _ = qts_kernels.topn(scores, n)
+    assert torch.equal(got, best[:, 0] * length + best[:, 1])
+
+
+def sampled_rows(length, size):
+    """The rows of ``length`` that the native code draws as a sample; repeats ``sample`` in csrc/topn/kernels.inl."""
+    i = np.arange(size, dtype=np.uint64)
+    bits = i * np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ bits >> np.uint64(29)) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(33)
+    return ((i * length + (bits * length >> np.uint64(31))) // size).astype(np.int64)
+
+
+def misleading_scores(length, generator):
+    """Scores of which two samples in a row hold the best alone, so that both brackets for the median miss it, and the
+    second leaves almost all rows. The first bracket takes off the sample's best 79 (64 and 2.5 standard deviations)."""
+    first = sampled_rows(length, 128)
+    rest = np.setdiff1d(np.arange(length), first[:79])
+    second = np.setdiff1d(rest[sampled_rows(len(rest), 128)], first)
+    others = np.setdiff1d(rest, np.concatenate([first, second]))
+    others = others[torch.randperm(len(others), generator=generator).numpy()]
+    scores = torch.empty(length)
+    scores[torch.from_numpy(np.concatenate([first, second, others]))] = torch.arange(length, 0, -1).float()
+    return scores
+
+
+# Around each size from which the native code does something else: vectors, the keys that are ranked at once, the blocks
+# of rows that are written at once, and the sizes of the sample.
+BOUNDS = (1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 512, 513, 2**14 - 1, 2**14, 2**14 + 1, 100_003)
+LARGE_BOUNDS = (2**18 - 1, 2**18, 2**18 + 17)
+
+
+def sweep():
+    generator = torch.Generator().manual_seed(2)
+    for make in KINDS.values():
+        for length in BOUNDS:
+            scores = make(length, generator)
+            counts = {0, 1, 2, length // 100, length // 10, length // 2, length - 2, length - 1}
+            for n in sorted(counts):
+                check(scores, [length], [max(n, 0)])
+    for length in LARGE_BOUNDS:
+        for kind in ("random", "many ties", "special"):
+            scores = KINDS[kind](length, generator)
+            for n in (1, length // 3, length - 1):
+                check(scores, [length], [n])
+    for length in (70, 300):
+        for n in (3, length // 2, length - 2):
+            check_random_segments(20_000, length, n, generator)
+    for n in (100, 5_000, 10_000):
+        check_random_segments(30, 20_000, n, generator)
+    check(misleading_scores(20_000, generator), [20_000], [10_000])
+
+
+@NATIVE
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_and_size(isa):
+    check_sweep(isa, __file__)
+
+
+@NATIVE
+def test_subnormal_scores_count_where_arithmetic_flushes_them():
+    scores = torch.tensor([3, -1, 7, 0, -(2**31), 5]).int().repeat(50).view(torch.float32)
+    try:
+        torch.set_flush_denormal(True)
+        with backends.force("native", "topn"):
+            got = qts_kernels.topn(scores, 150)[0]
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(got, torch.arange(300).view(50, 6)[:, [0, 2, 5]].flatten())
 
 
 def test_the_order_of_special_values(device):
@@ -239,3 +328,11 @@ def test_a_graph_capture_follows_n_and_scores():
 def test_bad_input(error, match, arguments):
     with pytest.raises(error, match=match):
         qts_kernels.topn(**{"scores": torch.zeros(6), "n": 2, **arguments})
+
+
+if __name__ == "__main__":
+    reason = _native.absent("_C")
+    if reason is not None:
+        sys.exit(reason)
+    with backends.force("native", "topn"):
+        sweep()
