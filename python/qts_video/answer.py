@@ -146,9 +146,11 @@ def answer(
     positions: str | None = None,
     max_new_tokens: int = 128,
     cache: VideoCache | None = None,
+    vision_chunk_frames: int | None = None,
 ) -> Answer:
     """Greedy answer to ``prepare``'s inputs, measured. ``selector`` None runs the model as it is; ``positions`` None
-    are ``default_positions``; ``cache`` keeps encoded videos for further questions."""
+    are ``default_positions``; ``cache`` keeps encoded videos for further questions; ``vision_chunk_frames`` as in
+    ``attach``."""
     seconds = inputs.seconds_per_step
     positions = default_positions(model, selector) if positions is None else positions
     with ExitStack() as stack:
@@ -158,9 +160,16 @@ def answer(
         prompt = inputs["input_ids"].shape[1]
         tokens = int((inputs["input_ids"] == find_adapter(model).video_token_id(model)).sum())
         handle = None
-        if selector is not None or cache is not None:
+        if selector is not None or cache is not None or vision_chunk_frames is not None:
             attached = Uniform() if selector is None else selector  # without bounds it keeps everything, bit for bit
-            handle = attach(model, attached, tokenizer=processor, positions=positions, cache=cache)
+            handle = attach(
+                model,
+                attached,
+                tokenizer=processor,
+                positions=positions,
+                cache=cache,
+                vision_chunk_frames=vision_chunk_frames,
+            )
             stack.enter_context(handle).seconds_per_step(seconds)
         with measure(model) as took:
             output = model.generate(**{**inputs, **pixels}, max_new_tokens=max_new_tokens, do_sample=False)

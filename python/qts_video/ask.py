@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
                 positions=arguments.positions,
                 max_new_tokens=arguments.max_new_tokens,
                 cache=cache,
+                vision_chunk_frames=arguments.vision_chunk_frames,
             )
             if number == 0 and arguments.positions == "compact":  # what is dropped takes no positions
                 _warn_of_length(model, result.prompt_tokens - result.tokens + result.kept)

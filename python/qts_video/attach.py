@@ -7,6 +7,7 @@ from torch import nn
 from qts_video.adapters import find_adapter
 from qts_video.cache import VideoCache
 from qts_video.dropin.attachment import ATTRIBUTE, Attachment
+from qts_video.dropin.chunks import check_chunk_frames
 from qts_video.dropin.handle import Handle
 from qts_video.dropin.prefill import Prefill
 from qts_video.dropin.versions import check_version
@@ -22,6 +23,7 @@ def attach(
     tokenizer: Any | None = None,
     positions: Literal["original", "compact"] = "original",
     cache: VideoCache | None = None,
+    vision_chunk_frames: int | None = None,
 ) -> Handle:
     """Let ``selector`` choose which video tokens the language model of ``model`` sees.
 
@@ -44,6 +46,12 @@ def attach(
         cache: where encoded videos are kept, so that further questions about a video run neither the vision tower
             nor its projector. It outlives the handle: give it again to ask with another selector. With gradients
             enabled, a vision tower that has trainable parameters raises in the call.
+        vision_chunk_frames: the vision tower, its projector and its pooling encode at most so many frames of the
+            call's videos at a time, so that a long video does not run out of memory there; None: all at once. Frames
+            are the film's: Qwen's towers take ``temporal_patch_size`` (2) of them a step, and at least one step at a
+            time. InternVL's images are tiles like its frames; those of other models are not cut. Towers attend within
+            a frame or step, so the features are the same but for how the products of matrices of other heights are
+            rounded: docs/models.md. With gradients enabled the activations are kept all the same.
 
     Returns:
         A handle: a context manager, with ``.remove()``, ``.question(...)``, ``.seconds_per_step(...)`` and ``.last``,
@@ -51,9 +59,10 @@ def attach(
 
     Raises:
         RuntimeError: the transformers version is unknown, or the model has a selector already.
-        TypeError: the model is not one that is known, ``selector`` is none, or ``cache`` is no VideoCache.
-        ValueError: another ``positions``, the tokenizer lacks the model's chat markers, or the cache belongs to
-            another model.
+        TypeError: the model is not one that is known, ``selector`` is none, ``cache`` is no VideoCache, or
+            ``vision_chunk_frames`` no whole number.
+        ValueError: another ``positions``, the tokenizer lacks the model's chat markers, the cache belongs to
+            another model, or ``vision_chunk_frames`` is below 1.
     """
     import transformers
 
@@ -69,6 +78,8 @@ def attach(
         raise RuntimeError(
             f"{getattr(model, ATTRIBUTE).selector.name} is attached to this model already: remove it first"
         )
+    if vision_chunk_frames is not None:
+        check_chunk_frames(vision_chunk_frames)
     if cache is not None:
         if not isinstance(cache, VideoCache):
             raise TypeError(f"cache must be a VideoCache, got {type(cache).__name__}")
@@ -76,4 +87,5 @@ def attach(
     check_tokenizer = getattr(selector, "check_tokenizer", None)
     if check_tokenizer is not None:
         check_tokenizer(tokenizer)
-    return Handle(Attachment(model, selector, adapter, tokenizer, compact=positions == "compact", cache=cache))
+    compact = positions == "compact"
+    return Handle(Attachment(model, selector, adapter, tokenizer, compact, cache, vision_chunk_frames))

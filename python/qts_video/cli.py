@@ -100,6 +100,7 @@ def _add_ask(commands: argparse._SubParsersAction) -> None:
     options.add_methods(selection)
     options.add_reading(ask)
     running = options.add_running(ask)
+    options.add_vision_chunks(running)
     running.add_argument(
         "--max-new-tokens", type=options.count, default=128, metavar="N", help="longest answer (default: %(default)s)"
     )

@@ -2,7 +2,7 @@
 which converted checkpoints run, writes one behind the whole video alone. And the frames' tokens before the pooling."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -61,10 +61,11 @@ class NewlineLayout:
         """What tells the features of one layout from those of another."""
         self.position, self.pooled = position, pooled
         self._model, self._base = model, model.model
-        self._encode = self._base.get_video_features
+        self.inner = self._base.get_video_features
+        """What it encodes videos with: the method whose place it took."""
         self._replaced = self._base.__dict__.get(_METHOD)
         # By the names of these arguments, generate() finds what the method needs (from transformers 5.18 on).
-        self.__signature__ = inspect.signature(self._encode)
+        self.__signature__ = inspect.signature(self.inner)
         setattr(self._base, _METHOD, self)
 
     def __enter__(self) -> "NewlineLayout":
@@ -91,9 +92,13 @@ class NewlineLayout:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's ``get_video_features``, with its newlines among the features."""
+        return self.lay_out(self.inner, args, kwargs)
+
+    def lay_out(self, encode: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The same, by an ``encode`` that stands in for ``inner``."""
         pixels = next(iter(self.__signature__.bind(*args, **kwargs).arguments.values()))
         with nullcontext() if self.pooled else _without_pooling(self._base):
-            encoded = self._encode(*args, **kwargs)
+            encoded = encode(*args, **kwargs)
         if isinstance(encoded, torch.Tensor):  # transformers 4
             return self._interleave(encoded, pixels.shape[1])
         if isinstance(encoded, tuple):

@@ -166,6 +166,16 @@ def add_running(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return running
 
 
+def add_vision_chunks(running: argparse._ArgumentGroup) -> None:
+    running.add_argument(
+        "--vision-chunk-frames",
+        type=count,
+        metavar="N",
+        help="encode at most N frames of the video at a time, for a long one that runs out of memory in the vision "
+        "tower (default: all at once)",
+    )
+
+
 def ratio(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:

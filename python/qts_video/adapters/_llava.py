@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qts_video.adapters.base import Parts, check_class, has_features
+from qts_video.adapters.joined import first_argument, join_fields
 from qts_video.adapters.vision_order import first_copies
 from qts_video.dropin.layout import Layout, locate_videos
 from qts_video.dropin.question import ChatMarkers, resolve_markers
@@ -98,11 +99,54 @@ class Llava:
     def vision_in_order(self, model: nn.Module, features: torch.Tensor, layout: Layout, copies: int) -> torch.Tensor:
         return first_copies(features, layout.per_sample([frames for frames, _, _ in layout.grids]), copies)
 
+    def video_chunks(self, model: nn.Module, arguments: Mapping[str, Any], frames: int) -> list[dict[str, Any]]:
+        name, pixels = first_argument(arguments, "[V, F, C, H, W]")
+        return [{**arguments, name: part[None]} for part in pixels.flatten(0, 1).split(frames)]
+
+    def join_chunks(
+        self, model: nn.Module, arguments: Mapping[str, Any], chunks: list[dict[str, Any]], outputs: list[Any]
+    ) -> Any:
+        videos, frames = next(iter(arguments.values())).shape[:2]
+        of_chunks = [next(iter(chunk.values())).shape[1] for chunk in chunks]
+
+        def join(parts: list) -> torch.Tensor | tuple[torch.Tensor, ...]:
+            if not isinstance(parts[0], torch.Tensor):  # of every video, [F, M, D]
+                return torch.cat([part[0] for part in parts]).split(frames)
+            return _join_tokens(parts, of_chunks, videos, [math.prod(grid) for grid in self.frame_grids(model)])
+
+        return join_fields(outputs, pooler_output=join) if isinstance(outputs[0], Mapping) else join(outputs)
+
     def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
         return {}
 
     def seconds_per_step(self, inputs: Mapping[str, Any]) -> torch.Tensor | None:
         return None
+
+
+def _join_tokens(parts: list[torch.Tensor], frames: list[int], videos: int, sizes: list[int]) -> torch.Tensor:
+    """The tokens [V, M, D] of videos, with a newline behind each video where there is one behind each part.
+
+    Args:
+        parts: [1, M', D] of every chunk, in the order of the frames.
+        frames: of every chunk.
+        videos: V, all of the same length.
+        sizes: how many tokens a frame may have.
+
+    Raises RuntimeError for another number of tokens.
+    """
+    length, width = parts[0].shape[1:]
+    tokens = next((size for size in sizes if length - frames[0] * size in (0, 1)), None)
+    if tokens is None:
+        raise RuntimeError(
+            f"{frames[0]} frames were encoded as {length} tokens; expected {' or '.join(map(str, sizes))} a frame, and "
+            "a newline"
+        )
+    of_frames = [rows for part, count in zip(parts, frames, strict=True) for rows in part[0].split(tokens)[:count]]
+    newline = parts[0][0, frames[0] * tokens :]
+    of_video = sum(frames) // videos
+    starts = range(0, len(of_frames), of_video)
+    pieces = [piece for start in starts for piece in (*of_frames[start : start + of_video], newline)]
+    return torch.cat(pieces).view(videos, -1, width)
 
 
 def _count_videos(inputs: Mapping[str, Any], placeholders: int) -> tuple[int, int]:

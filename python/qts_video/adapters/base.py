@@ -140,6 +140,37 @@ class Adapter(Protocol):
         """
         ...
 
+    def video_chunks(self, model: nn.Module, arguments: Mapping[str, Any], frames: int) -> list[dict[str, Any]]:
+        """What ``video_encoder`` is called with to encode at most ``frames`` frames at a time.
+
+        Args:
+            model: the model.
+            arguments: of a call of ``video_encoder``, by name, in the order of its signature.
+            frames: at least 1, of all videos of the call together. LLaVA: frames. Qwen: frames as the film has them,
+                ``temporal_patch_size`` (2) in a step of the grid; a chunk has at least one step. InternVL: tiles, those
+                of images too.
+
+        Returns:
+            The arguments of every chunk, in the order of the frames; a chunk may go over the end of a video.
+
+        Raises:
+            ValueError: the pixels are missing or of another shape, or there is another tensor that spans all frames.
+        """
+        ...
+
+    def join_chunks(
+        self, model: nn.Module, arguments: Mapping[str, Any], chunks: list[dict[str, Any]], outputs: list[Any]
+    ) -> Any:
+        """What ``video_encoder`` gives for ``arguments``, of the type and the shapes that it gives itself.
+
+        Args:
+            model: the model.
+            arguments: given to ``video_chunks``.
+            chunks: what it returned.
+            outputs: of ``video_encoder`` for each chunk, with ``return_dict=True`` where it knows of that; emptied.
+        """
+        ...
+
     def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
         """What this model passes to its decoder a column besides embeddings, positions and masks, for other columns.
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qts_video.adapters.base import Parts, has_features
+from qts_video.adapters.joined import first_argument, join_fields
 from qts_video.adapters.numbered_frames import find_frames
 from qts_video.adapters.vision_order import first_copies
 from qts_video.dropin.layout import Layout, locate_videos
@@ -109,6 +110,15 @@ class InternVL:
 
     def vision_in_order(self, model: nn.Module, features: torch.Tensor, layout: Layout, copies: int) -> torch.Tensor:
         return first_copies(features, self._count_tiles(model, layout), copies)
+
+    def video_chunks(self, model: nn.Module, arguments: Mapping[str, Any], frames: int) -> list[dict[str, Any]]:
+        name, pixels = first_argument(arguments, "[tiles, C, H, W]")
+        return [{**arguments, name: part} for part in pixels.split(frames)]
+
+    def join_chunks(
+        self, model: nn.Module, arguments: Mapping[str, Any], chunks: list[dict[str, Any]], outputs: list[Any]
+    ) -> Any:
+        return join_fields(outputs) if isinstance(outputs[0], Mapping) else torch.cat(outputs)
 
     def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
         return {}

@@ -1,14 +1,16 @@
 """Qwen2.5-VL: ``Qwen2_5_VLForConditionalGeneration``."""
 
 import inspect
-from collections.abc import Mapping
-from itertools import accumulate
+import math
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from qts_video.adapters.base import Parts, check_class, has_features
+from qts_video.adapters.joined import check_tensors, join_fields
 from qts_video.adapters.vision_order import first_copies, window_order
 from qts_video.dropin.layout import Layout, locate_videos
 from qts_video.dropin.question import ChatMarkers, resolve_markers
@@ -21,6 +23,7 @@ _OFFICIAL_IDS = {
     "video_token_id": 151656,
 }
 _OFFICIAL_MARKERS = ChatMarkers(opening=((151644, 872, 198), (151644, 872)), closing=((151645,),))
+_VIDEO_INPUTS = ("pixel_values_videos", "video_grid_thw")
 
 
 class Qwen2_5_VL:
@@ -95,6 +98,33 @@ class Qwen2_5_VL:
         features = features.reshape(-1, patches, features.shape[-1])
         return first_copies(features, layout.per_sample(layout.lengths), copies)
 
+    def video_chunks(self, model: nn.Module, arguments: Mapping[str, Any], frames: int) -> list[dict[str, Any]]:
+        pixels, grid = (arguments.get(name) for name in _VIDEO_INPUTS)
+        if pixels is None or grid is None or len(pixels) != int(grid.prod(1).sum()):
+            raise ValueError(
+                "to be encoded in chunks of frames, pixel_values_videos must have a row for every patch of "
+                f"video_grid_thw, got {None if pixels is None else list(pixels.shape)} and "
+                f"{None if grid is None else grid.tolist()}"
+            )
+        check_tensors(arguments, *_VIDEO_INPUTS)
+        grids = _cut(grid.tolist(), max(1, frames // model.config.vision_config.temporal_patch_size))
+        rows = pixels.split([sum(map(math.prod, of_chunk)) for of_chunk in grids])
+        return [
+            {**arguments, **dict(zip(_VIDEO_INPUTS, (of_chunk, grid.new_tensor(cut)), strict=True))}
+            for of_chunk, cut in zip(rows, grids, strict=True)
+        ]
+
+    def join_chunks(
+        self, model: nn.Module, arguments: Mapping[str, Any], chunks: list[dict[str, Any]], outputs: list[Any]
+    ) -> Any:
+        join = self._join_videos(model, arguments)
+        return join_fields(outputs, pooler_output=join) if isinstance(outputs[0], Mapping) else join(outputs)
+
+    def _join_videos(self, model: nn.Module, arguments: Mapping[str, Any]) -> Callable[[Sequence], tuple]:
+        """A function that makes [M, D] of every video of what the chunks have, [M', D] of every stretch of a video."""
+        tokens = (arguments["video_grid_thw"].prod(1) // model.config.vision_config.spatial_merge_size**2).tolist()
+        return lambda parts: torch.cat(list(chain.from_iterable(parts))).split(tokens)
+
     def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
         return {}
 
@@ -109,3 +139,18 @@ class Qwen2_5_VL:
             )
         official = all(getattr(model.config, name) == value for name, value in _OFFICIAL_IDS.items())
         return _OFFICIAL_MARKERS if official else None
+
+
+def _cut(grids: list[list[int]], steps: int) -> list[list[tuple[int, int, int]]]:
+    """Grids (T, H, W) of videos, cut into chunks of at most ``steps`` steps together."""
+    chunks: list[list[tuple[int, int, int]]] = []
+    room = 0
+    for left, height, width in grids:
+        while left:
+            if room == 0:
+                chunks.append([])
+                room = steps
+            taken = min(left, room)
+            chunks[-1].append((taken, height, width))
+            left, room = left - taken, room - taken
+    return chunks

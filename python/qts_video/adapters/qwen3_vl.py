@@ -1,13 +1,14 @@
 """Qwen3-VL: ``Qwen3VLForConditionalGeneration``."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from qts_video.adapters.joined import join_fields
 from qts_video.adapters.qwen2_5_vl import Qwen2_5_VL
 from qts_video.dropin.layout import Layout
 
@@ -42,6 +43,21 @@ class Qwen3_VL(Qwen2_5_VL):
 
     def vision_in_order(self, model: nn.Module, features: torch.Tensor, layout: Layout, copies: int) -> torch.Tensor:
         return self._patches_of_tokens(model, features, layout, copies)
+
+    def join_chunks(
+        self, model: nn.Module, arguments: Mapping[str, Any], chunks: list[dict[str, Any]], outputs: list[Any]
+    ) -> Any:
+        join = self._join_videos(model, arguments)
+
+        def join_layers(parts: Sequence) -> list:
+            """Of every layer of the tower, [sum M, D]; by videos on newer versions."""
+            layers = zip(*parts, strict=True)
+            return [torch.cat(layer) if isinstance(layer[0], torch.Tensor) else join(layer) for layer in layers]
+
+        if isinstance(outputs[0], Mapping):
+            return join_fields(outputs, pooler_output=join, deepstack_features=join_layers)
+        embeds, deepstack = zip(*outputs, strict=True)
+        return join(embeds), join_layers(deepstack)
 
     def gather_extras(self, inputs: Mapping[str, Any], sample: torch.Tensor, columns: torch.Tensor) -> dict[str, Any]:
         mask = inputs.get("visual_pos_masks")

@@ -31,7 +31,7 @@ class Attachment:
     own: ``generate`` of the model (to refuse what can't work, and to see the inputs that it takes away) and
     ``create_masks_for_generate`` of its generator, or the one of its own that it has instead (so that masks built
     ahead for a compileable cache fit the shortened sequence). Where the selector wants the vision tower's features, or
-    a cache is given, what encodes videos is replaced as well. ``remove`` undoes it all.
+    a cache or chunks are given, what encodes videos is replaced as well. ``remove`` undoes it all.
 
     Hooks and methods are bound to this object, so that a deep copy of the model gets an attachment of its
     own.
@@ -45,6 +45,7 @@ class Attachment:
         processor: Any | None,
         compact: bool,
         cache: VideoCache | None = None,
+        vision_chunk_frames: int | None = None,
     ) -> None:
         self.model, self.selector, self.adapter, self.processor = model, selector, adapter, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
@@ -73,8 +74,9 @@ class Attachment:
         if self._unhooked_own_masks is not None:
             methods.append((self.generator, _OWN_MASKS, self._create_own_masks))
         self.needs_vision = getattr(selector, "needs_vision", False)
-        if self.needs_vision or cache is not None:
-            encoder = VideoEncoder(model, adapter, cache, self._keep_vision if self.needs_vision else None)
+        if self.needs_vision or cache is not None or vision_chunk_frames is not None:
+            on_features = self._keep_vision if self.needs_vision else None
+            encoder = VideoEncoder(model, adapter, cache, on_features, vision_chunk_frames)
             methods.append((self.parts.base, adapter.video_encoder, encoder))
         self._replaced = [(module, name, module.__dict__.get(name)) for module, name, _ in methods]
         base, decoder, vision = self.parts.base, self.parts.decoder, self.parts.vision

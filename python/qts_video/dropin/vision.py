@@ -1,4 +1,5 @@
-"""The method of a model that encodes videos, wrapped: to see the vision tower's features, to encode a video once."""
+"""The method of a model that encodes videos, wrapped: to see the vision tower's features, to encode a video once, to
+encode it a few frames at a time."""
 
 import inspect
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from torch import nn
 
 from qts_video.adapters.base import Adapter
 from qts_video.cache import VideoCache, content_key
+from qts_video.dropin.chunks import encode_in_chunks
+from qts_video.newlines import NewlineLayout
 
 # An argument of the language model, which forward() passes on and generate() does not.
 _NO_ARGUMENT = ("use_cache",)
@@ -24,9 +27,12 @@ class VideoEncoder:
         adapter: Adapter,
         cache: VideoCache | None,
         on_features: Callable[[torch.Tensor], None] | None,
+        chunk_frames: int | None = None,
     ) -> None:
-        """``on_features`` is called with what goes into the projector, in every call of the encoder."""
+        """``on_features`` is called with what goes into the projector, in every call of the encoder; ``chunk_frames``
+        is how many frames are encoded at a time (None: all)."""
         self.model, self.adapter, self.cache, self.on_features = model, adapter, cache, on_features
+        self.chunk_frames = chunk_frames
         # generate() reads the signature, which inspect finds behind this name.
         self.__wrapped__ = getattr(adapter.parts(model).base, adapter.video_encoder)
 
@@ -41,7 +47,7 @@ class VideoEncoder:
 
     def _encode(self, args: tuple, kwargs: dict) -> tuple[Any, torch.Tensor | None]:
         if self.on_features is None:
-            return self.__wrapped__(*args, **kwargs), None
+            return self._run(args, kwargs), None
         seen = []
 
         def record(module: nn.Module, inputs: tuple) -> None:
@@ -49,10 +55,23 @@ class VideoEncoder:
 
         hook = self.adapter.projector(self.model).register_forward_pre_hook(record)
         try:
-            output = self.__wrapped__(*args, **kwargs)
+            output = self._run(args, kwargs)
         finally:
             hook.remove()
         return output, seen[0] if len(seen) == 1 else torch.cat(seen)
+
+    def _run(self, args: tuple, kwargs: dict) -> Any:
+        encode = self.__wrapped__
+        if self.chunk_frames is None:
+            return encode(*args, **kwargs)
+        if isinstance(encode, NewlineLayout):  # its newlines are those of whole videos
+            return encode.lay_out(self._in_chunks(encode.inner), args, kwargs)
+        return self._in_chunks(encode)(*args, **kwargs)
+
+    def _in_chunks(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: encode_in_chunks(
+            self.model, self.adapter, self.chunk_frames, encode, args, kwargs
+        )
 
     def _find(self, cache: VideoCache, args: tuple, kwargs: dict) -> tuple[Any, torch.Tensor | None]:
         cache.bind(self.model)
@@ -71,7 +90,7 @@ class VideoEncoder:
         # A layout of qts_video.newlines, inside this object or around it, decides what the model gives.
         outer = getattr(self.adapter.parts(self.model).base, self.adapter.video_encoder)
         layouts = [getattr(encoder, "key", None) for encoder in (outer, self.__wrapped__)]
-        key = content_key(arguments, weights, (tower.training, attention, autocast, layouts))
+        key = content_key(arguments, weights, (tower.training, attention, autocast, layouts, self.chunk_frames))
         found = cache.get(key, vision=self.on_features is not None)
         if found is not None:
             return found.output, found.vision

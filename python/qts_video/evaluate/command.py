@@ -26,8 +26,8 @@ from qts_video.video import VideoError
 MAX_NEW_TOKENS = {True: 16, False: 64}
 """By whether there are choices."""
 
-# What the answers do not depend on.
-_NOT_SETTINGS = {"command", "output", "file", "media_root", "device"}
+# What the answers do not depend on, but for rounding.
+_NOT_SETTINGS = {"command", "output", "file", "media_root", "device", "vision_chunk_frames"}
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -111,6 +111,7 @@ def _predict(arguments: argparse.Namespace, dataset: VideoQADataset, results: Re
         positions=arguments.positions or default_positions(model, selector, trained),
         max_new_tokens=arguments.max_new_tokens,
         cache=VideoCache() if arguments.batch_size == 1 else None,
+        vision_chunk_frames=arguments.vision_chunk_frames,
     )
     skipped: list[dict[str, str]] = []
     todo = [index for index, record in enumerate(dataset.records) if record.number not in results.done]

@@ -36,6 +36,7 @@ def add_eval(commands: argparse._SubParsersAction) -> None:
     options.add_methods(selection)
     options.add_reading(evaluate, max_frames=64)
     running = options.add_running(evaluate)
+    options.add_vision_chunks(running)
     running.add_argument(
         "--batch-size", type=options.count, default=1, metavar="N", help="questions at a time (default: %(default)s)"
     )

@@ -37,6 +37,7 @@ class Predictor:
         positions: as in ``attach``.
         max_new_tokens: longest answer.
         cache: keeps encoded videos for further questions about them.
+        vision_chunk_frames: as in ``attach``.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class Predictor:
         positions: str = "original",
         max_new_tokens: int = 16,
         cache: VideoCache | None = None,
+        vision_chunk_frames: int | None = None,
     ) -> None:
         self.model, self.processor, self.selector = model, processor, selector
-        self.positions, self.max_new_tokens, self.cache = positions, max_new_tokens, cache
+        self.max_new_tokens = max_new_tokens
+        self._attach = {"positions": positions, "cache": cache, "vision_chunk_frames": vision_chunk_frames}
         self._collator = Collator(processor, train=False, seconds_per_step=True, model=model)
         self._letters: list[int] = []
 
@@ -66,7 +69,7 @@ class Predictor:
             pixels = {name: x.to(self.model.dtype) for name, x in inputs.items() if name.startswith("pixel_values")}
             # Without bounds Uniform keeps everything, bit for bit; it is there for the cache and for the counts.
             selector = Uniform() if self.selector is None else self.selector
-            handle = attach(self.model, selector, tokenizer=self.processor, positions=self.positions, cache=self.cache)
+            handle = attach(self.model, selector, tokenizer=self.processor, **self._attach)
             stack.enter_context(handle).seconds_per_step(seconds)
             output = self.model.generate(
                 **{**inputs, **pixels},

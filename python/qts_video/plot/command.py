@@ -53,7 +53,7 @@ def _heatmap(arguments: argparse.Namespace) -> tuple[Page, list[str]]:
     video = read(arguments)
     model, processor, _ = load(arguments)
     probe = _probe(arguments, model, HEATMAP_LAYERS)
-    one = _look(model, processor, video, arguments.question, probe)
+    one = _look(arguments, model, processor, video, arguments.question, probe)
     page = heatmap_page(
         seen_frames(processor, video.frames),
         one.frame_seconds,
@@ -77,7 +77,16 @@ def _timeline(arguments: argparse.Namespace) -> tuple[Page, list[str]]:
         for method, selector in selectors.items():
             show_frames(selector, video)
             positions = arguments.positions or default_positions(model, selector, trained)
-            result = answer(model, processor, inputs, selector, positions=positions, max_new_tokens=1, cache=cache)
+            result = answer(
+                model,
+                processor,
+                inputs,
+                selector,
+                positions=positions,
+                max_new_tokens=1,
+                cache=cache,
+                vision_chunk_frames=arguments.vision_chunk_frames,
+            )
             name = f"{method}, “{question}”" if len(arguments.questions) > 1 else method
             rows.append(timeline(name, result.report.videos[0]))
     one = len(arguments.questions) == 1
@@ -104,7 +113,7 @@ def _recall(arguments: argparse.Namespace) -> tuple[Page, list[str]]:
         drawn, about = (picture, "") if picture is not None else needles.make_needle(height, width, chance)
         question = arguments.question or about
         step = chance.randrange(steps) if arguments.at is None else _step(video, arguments.at, per_step)
-        one = _look(model, processor, needles.plant(video, drawn, step, per_step), question, probe)
+        one = _look(arguments, model, processor, needles.plant(video, drawn, step, per_step), question, probe)
         if one.grid[0] != steps:
             raise CommandError(
                 f"the needle can't be located: {len(video.frames)} frames were expected to make {steps} steps of the "
@@ -177,10 +186,13 @@ def _relevance(arguments: argparse.Namespace) -> dict[str, Any]:
     return given(arguments, "reduce", "query", "frames_per_set")
 
 
-def _look(model: Any, processor: Any, video: Video, question: str, probe: Probe) -> VideoReport:
+def _look(
+    arguments: argparse.Namespace, model: Any, processor: Any, video: Video, question: str, probe: Probe
+) -> VideoReport:
     """Run ``probe`` on the prompt; the report of the video."""
     inputs = prepare(processor, video, question, model)
-    return answer(model, processor, inputs, probe, max_new_tokens=1).report.videos[0]
+    frames = arguments.vision_chunk_frames
+    return answer(model, processor, inputs, probe, max_new_tokens=1, vision_chunk_frames=frames).report.videos[0]
 
 
 def _subtitle(arguments: argparse.Namespace, text: str) -> str:

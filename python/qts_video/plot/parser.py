@@ -110,7 +110,7 @@ def _add_layers(group: argparse._ArgumentGroup, default: str) -> None:
 
 def _add_rest(parser: argparse.ArgumentParser) -> None:
     options.add_reading(parser)
-    options.add_running(parser)
+    options.add_vision_chunks(options.add_running(parser))
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", required=True, metavar="FILE", help="FILE.png, or FILE.html for a page that holds the numbers too"
