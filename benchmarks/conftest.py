@@ -18,12 +18,15 @@ import report
 import torch
 import triton
 from clock import GpuClock, captured
-from report import OURS
+from report import EVERYTHING, OURS
 
 RESULTS = Path(__file__).parent / "results"
 SHORTEST_ROUND = 2e-4
 """Seconds of a CPU round: a shorter call is repeated in it, for a clock reading costs some tenths of a microsecond."""
-EXTRAS = "op", "shape", "who", "floor_s", "peak_mb", "flop_ratio", "selection_share"
+EXTRAS = (
+    *("op", "shape", "who", "tokens", "floor_s", "peak_mb"),
+    *("flop_ratio", "selection_share", "vision_s", "prefill_s"),
+)
 
 
 def machine() -> str:
@@ -86,8 +89,8 @@ def _once(fn) -> float:
 
 def rows(benchmarks) -> list[dict]:
     """One dictionary a benchmark: op, shape, who, median and interquartile range in seconds, the median's ratio to
-    ours, and where it is known the floor in seconds, the peak memory in MB and the limit that the FLOPs set to a
-    speed-up."""
+    ours or its speed-up over all tokens, and where it is known the floor and the stages in seconds, the peak memory in
+    MB and the limit that the FLOPs set to a speed-up."""
     found = [
         {
             **{k: b.extra_info[k] for k in EXTRAS if k in b.extra_info},
@@ -97,10 +100,14 @@ def rows(benchmarks) -> list[dict]:
         for b in benchmarks
         if "op" in b.extra_info and not b.has_error
     ]
-    ours = {(r["op"], r["shape"]): r["median_s"] for r in found if r["who"] == OURS}
+    ours, everything = (
+        {(r["op"], r["shape"]): r["median_s"] for r in found if r["who"] == who} for who in (OURS, EVERYTHING)
+    )
     for r in found:
-        base = ours.get((r["op"], r["shape"]))
+        base, whole = (medians.get((r["op"], r["shape"])) for medians in (ours, everything))
         r["ratio_to_ours"] = round(r["median_s"] / base, 3) if base else None
+        if whole and r["who"] != EVERYTHING:
+            r["speedup"] = round(whole / r["median_s"], 3)
     return found
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 OURS = "qts_kernels"
+EVERYTHING = "all tokens"
+"""Who: the model without selection, beside methods that are all ours."""
 
 Row = dict[str, Any]
 
@@ -28,6 +30,10 @@ def notes(row: Row) -> Iterator[str]:
     """What a row knows besides its times."""
     if row.get("floor_s"):
         yield f"floor {row['floor_s'] / row['median_s']:.0%}"
+    if row.get("speedup"):
+        yield f"{row['speedup']:.2f}x as fast as {EVERYTHING}"
+    if "vision_s" in row:
+        yield f"vision tower {row['vision_s'] * 1e3:.0f} ms, prefill {row['prefill_s'] * 1e3:.0f} ms"
     if "peak_mb" in row:
         yield f"peak {row['peak_mb']} MB"
     if "selection_share" in row:
@@ -96,13 +102,42 @@ def plot(results: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_growth(results: dict[str, Any], path: Path) -> None:
+    """Time and peak memory by the number of tokens, where rows say it, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves = defaultdict(list)
+    for row in results["rows"]:
+        if "tokens" in row:
+            curves[row["op"], row["who"]].append(row)
+    figure, (times, memory) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for (op, who), of_curve in curves.items():
+        of_curve.sort(key=lambda row: row["tokens"])
+        x = [row["tokens"] for row in of_curve]
+        times.plot(x, [row["median_s"] for row in of_curve], marker="o", label=f"{op}: {who}")
+        memory.plot(x, [max(row["peak_mb"], 1) for row in of_curve], marker="o")
+    for axes, label in ((times, "seconds"), (memory, "peak MB beside weights and tokens")):
+        axes.set(xscale="log", yscale="log", xlabel="vision tokens", ylabel=label)
+        axes.grid(alpha=0.3)
+    times.legend(fontsize=8)
+    figure.suptitle(results["machine"], fontsize=9)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def render(path: Path) -> list[Path]:
-    """Write the table and the plot of a results file beside it."""
+    """Write the table and the plots of a results file beside it."""
     results = json.loads(path.read_text())
-    table, picture = path.with_suffix(".md"), path.with_suffix(".png")
-    table.write_text(markdown(results))
-    plot(results, picture)
-    return [table, picture]
+    made = [path.with_suffix(".md"), path.with_suffix(".png")]
+    made[0].write_text(markdown(results))
+    plot(results, made[1])
+    if any("tokens" in row for row in results["rows"]):
+        made.append(path.with_name(f"{path.stem}-growth.png"))
+        plot_growth(results, made[2])
+    return made
 
 
 if __name__ == "__main__":

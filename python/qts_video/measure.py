@@ -4,7 +4,7 @@ import ctypes
 import gc
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ def measure(model: torch.nn.Module) -> Iterator[Measurement]:
     parts = find_adapter(model).parts(model)
     hooks = [*_time(watch, "vision", parts.vision, device), *_time(watch, "prefill", parts.decoder, device, once=True)]
     try:
-        with _peak_memory(device) as peak:
+        with peak_memory(device) as peak:
             start = time.perf_counter()
             yield result
             if device.type == "cuda":
@@ -73,10 +73,12 @@ def _time(
 
 
 @contextmanager
-def _peak_memory(device: torch.device) -> Iterator:
+def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
+    """Yields a function that gives the most bytes in use at a time since the context began, less those in use then: of
+    the GPU, else of the process (looked at every 2 ms); None where the system does not tell."""
     if device.type == "cuda":
         start = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.resetpeak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - start
         return
     _return_freed_memory()

@@ -75,12 +75,13 @@ def test_the_table_tells_ratio_floor_and_peak():
 def test_a_results_file_is_rendered_as_a_table_and_a_plot(tmp_path):
     path = tmp_path / "card.json"
     results = {"machine": "A Card", "date": "2026-01-01", "versions": {"torch": "9"}, "ceilings": {"copy_tb_s": 4.3}}
-    path.write_text(json.dumps({**results, "rows": ROWS}))
-    table, picture = report.render(path)
+    rows = [*ROWS, *({**ROWS[0], "shape": f"M={m}", "tokens": m, "peak_mb": m / 100} for m in (10, 1000))]
+    path.write_text(json.dumps({**results, "rows": rows}))
+    table, picture, growth = report.render(path)
     text = table.read_text()
     for part in ("# A Card", "torch 9", "copy_tb_s 4.3", "## topn", "| M=10 | eager | 2.000 | 0.010 | 2.00x |"):
         assert part in text
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert all(of.read_bytes().startswith(b"\x89PNG") for of in (picture, growth))
 
 
 def test_results_without_a_peer_render_too(tmp_path):
