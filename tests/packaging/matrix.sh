@@ -16,9 +16,9 @@ for python in $2; do
   for torch in $3; do
     "$python" -m venv venv
     # numpy 2.4 breaks Triton 3.6's interpreter on the CPU.
-    venv/bin/python -m pip install --quiet --disable-pip-version-check "torch==$torch" "numpy<2.4" pytest pytest-benchmark hypothesis "$wheel"
+    venv/bin/python -m pip install --quiet --disable-pip-version-check "torch==$torch" "numpy<2.4" pytest pytest-benchmark pytest-xdist hypothesis "$wheel"
     served=$(venv/bin/python -c 'from qts_kernels import backends; print(*sorted({r.implementation for r in backends.report() if r.device == "cpu"}))')
-    result=$(venv/bin/python -m pytest $tests -p no:cacheprovider -k "not triton and not compile" 2>&1 | tail -n 15) || status=1
+    result=$(venv/bin/python -m pytest $tests -n "${JOBS:-2}" -p no:cacheprovider -k "not triton and not compile" 2>&1 | tail -n 15) || status=1
     echo "$(venv/bin/python -V), torch $torch, served by $served: $(tail -n 1 <<<"$result")"
     [ "$status" -eq 0 ] || { echo "$result"; exit 1; }
     rm -rf venv

@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 import venv
 import zipfile
@@ -11,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from builds import copy_checkout, run
 
-ROOT = Path(__file__).parents[2]
 OTHER_TORCH = "2.13.0"
 
 pytestmark = [
@@ -22,29 +21,10 @@ pytestmark = [
 ]
 
 
-def run(*command: str | Path, cwd: Path, timeout: float = 900, **environment: str) -> str:
-    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    done = subprocess.run(
-        [str(c) for c in command],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**inherited, **environment},
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    return done.stdout
-
-
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory) -> Path:
     """A manylinux wheel made from an sdist of the checkout, CUDA code included where it can be compiled."""
-    source = tmp_path_factory.mktemp("source")
-    wanted = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).splitlines()
-    for name in wanted:
-        if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, source / name)
+    source = copy_checkout(tmp_path_factory.mktemp("source"))
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, cwd=source)
     (built,) = out.glob("*.whl")
