@@ -20,7 +20,7 @@ int64_t chunk_of(int64_t keys, int64_t tile) { return round_up(std::max<int64_t>
 // Whether pass 1 shall keep bounds: it pays where there are many keys, wanted ones, and many groups of rows. The last
 // group of a head may be part empty, hence three groups at least: the bounds are at most 4.2 % of the score matrix.
 bool keeps_bounds(const Segment& s, int64_t kv_heads, int64_t group_rows) {
-  return s.keys >= 4096 && 2 * s.columns >= s.keys && s.rows >= 3 * group_rows && s.rows * kv_heads >= 8 * group_rows;
+  return s.keys >= 768 && 2 * s.columns >= s.keys && s.rows >= 3 * group_rows && s.rows * kv_heads >= 8 * group_rows;
 }
 
 // Places the segments that have work in the buffers, and drops the others.

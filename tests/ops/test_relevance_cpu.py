@@ -141,16 +141,16 @@ def test_columns_are_the_bits_of_the_whole(reduce):
         assert torch.equal(part[2], whole[2][1000:2500])
 
 
-def many_keys(kind, causal=False):
+def many_keys(kind, causal=False, keys=5000):
     """Enough keys and rows for the second pass to compute candidates alone."""
-    args = arguments(([32], [5000], 16, 2, 8), causal=causal)
+    args = arguments(([32], [keys], 16, 2, 8), causal=causal)
     query, key, key_scale = args[:3]
     if kind == "sharp":  # a row's weight lies on few keys
         query *= 8
     elif kind == "unlike the sample":  # every 16th key, which the estimates are taken from, is another kind of key
         key[::16] *= 6
     elif kind == "one of a kind":
-        key[4321] *= 12
+        key[keys * 6 // 7] *= 12
     elif kind == "equal rows":
         query[16:] = query[:16]
         query[:, 1::2] = query[:, 0::2]
@@ -158,7 +158,7 @@ def many_keys(kind, causal=False):
         key[:] = key[:1]
         key_scale[:] = 1
     elif kind == "unseen":
-        key_scale[1000:3000] = 0
+        key_scale[keys // 5 : keys * 3 // 5] = 0
     return args
 
 
@@ -166,18 +166,19 @@ KINDS = ["plain", "sharp", "unlike the sample", "one of a kind", "equal rows", "
 
 
 @pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("keys", [768, 1001, 5000])
 @pytest.mark.parametrize("kind", KINDS)
-def test_candidates_have_the_bits_of_every_row(kind, causal):
-    args = many_keys(kind, causal)
+def test_candidates_have_the_bits_of_every_row(kind, keys, causal):
+    args = many_keys(kind, causal, keys)
     check(args)
-    whole = native(*args)
-    for begin in (0, 2400):  # less than half of the columns: every row is computed
-        args[5], args[6] = torch.tensor([begin], dtype=torch.int32), torch.tensor([0, 2400], dtype=torch.int32)
-        args[7] = 2400
+    whole, some = native(*args), keys * 12 // 25
+    for begin in (0, some):  # less than half of the columns: every row is computed
+        args[5], args[6] = torch.tensor([begin], dtype=torch.int32), torch.tensor([0, some], dtype=torch.int32)
+        args[7] = some
         part = native(*args)
-        assert torch.equal(part[0], whole[0][begin : begin + 2400])
+        assert torch.equal(part[0], whole[0][begin : begin + some])
         assert torch.equal(part[1], whole[1])
-        assert torch.equal(part[2], whole[2][begin : begin + 2400])
+        assert torch.equal(part[2], whole[2][begin : begin + some])
         args[11] = False
         assert torch.equal(native(*args)[0], part[0])
         args[11] = True
