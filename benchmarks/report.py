@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -80,25 +79,27 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """A bar for every peer: how many times as long it takes, on a logarithmic scale; left of 1 it is faster."""
+    """A line for every op and peer, a dot on it for every shape: how many times as long the peer takes, on a
+    logarithmic scale; left of 1 it is faster."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    peers = [row for row in results["rows"] if row["ratio_to_ours"] and row["who"] != OURS]
-    peers.sort(key=lambda row: (row["op"], row["shape"], row["ratio_to_ours"]), reverse=True)
-    labels = [f"{row['op']}  {row['shape']}: {row['who']}" for row in peers]
-    ratios = [row["ratio_to_ours"] for row in peers]
-    figure, axes = pyplot.subplots(figsize=(11, 1 + 0.2 * len(peers)), layout="constrained")
-    axes.barh(labels, [math.log10(r) for r in ratios], color=["#2a7" if r >= 1 else "#c54" for r in ratios])
-    ticks = range(math.floor(math.log10(min(ratios, default=1))), math.ceil(math.log10(max(ratios, default=1))) + 1)
-    axes.set_xticks(ticks, [f"{10.0**tick:g}x" for tick in ticks])
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.tick_params(axis="y", labelsize=6)
-    axes.margins(y=0.002)
-    axes.set_title(f"Time of peers, in times of {OURS}: {results['machine']}", fontsize=9)
-    figure.savefig(path, dpi=120)
+    lines = defaultdict(list)
+    for row in sorted(results["rows"], key=lambda row: (row["op"], row["who"]), reverse=True):
+        if row["ratio_to_ours"] and row["who"] != OURS:
+            lines[f"{row['op']}: {row['who']}"].append(row["ratio_to_ours"])
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.17 * len(lines)), layout="constrained")
+    for label, ratios in lines.items():
+        axes.scatter(ratios, [label] * len(ratios), s=12, color=["#2a7" if r >= 1 else "#c54" for r in ratios])
+    axes.set_xscale("log")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.grid(alpha=0.3)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.margins(y=0.01)
+    axes.set_title(f"Time of peers, in times of {OURS}, a dot a shape: {results['machine']}", fontsize=9)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
