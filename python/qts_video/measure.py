@@ -57,16 +57,17 @@ def measure(model: torch.nn.Module) -> Iterator[Measurement]:
 def _time(
     watch: Stopwatch, stage: str, module: torch.nn.Module, device: torch.device, once: bool = False
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    state = {"calls": 0}
+    done = False
 
     def before(*_: object) -> None:
-        state["calls"] += 1
-        if state["calls"] == 1 or not once:
+        if not (once and done):
             watch.start(stage, device)
 
     def after(*_: object) -> None:
-        if state["calls"] == 1 or not once:
+        nonlocal done
+        if not (once and done):
             watch.stop(stage, device)
+        done = True  # a call that was left early, as FlexSelect's scoring leaves it, does not come here
 
     # Innermost of all hooks, so that the work of a selector's own hooks on the decoder is not in "prefill".
     return [module.register_forward_pre_hook(before), module.register_forward_hook(after, prepend=True)]

@@ -33,6 +33,24 @@ def test_prefill_is_the_first_call_alone(model):
     assert hooks(model) == before
 
 
+def test_a_call_that_is_left_is_not_the_prefill(model):
+    """FlexSelect leaves the decoder early to score, and the prefill comes after."""
+    ids, decoder, left = torch.arange(10)[None] + 5, model.get_decoder(), []
+
+    def leave(*_: object) -> None:
+        if not left:
+            left.append(True)
+            raise RuntimeError("left")
+
+    hook = decoder.layers[0].register_forward_pre_hook(leave)
+    with measure(model) as took, torch.no_grad():
+        with pytest.raises(RuntimeError, match="left"):
+            model(input_ids=ids)
+        model(input_ids=ids)
+    hook.remove()
+    assert took.prefill > 0
+
+
 def test_hooks_go_when_the_call_fails(model):
     before = hooks(model)
     with pytest.raises(RuntimeError, match="mine"), measure(model):
