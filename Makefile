@@ -44,7 +44,7 @@ miniworld-report: $(VENV)/native  ## what selection costs in answers: tables in 
 	$(BIN)/python -m qts_video.miniworld report --model $(MINIWORLD) --json $(MINIWORLD_FIGURES) --markdown docs/miniworld.md --summary README.md
 	$(BIN)/python -m qts_video.miniworld publish --model $(MINIWORLD) --json $(MINIWORLD_FIGURES)
 
-STEPS ?= build tests sanitize benchmarks
+STEPS ?= build tests sanitize benchmarks models
 gpu:  ## on a GPU machine: build, test, sanitize, benchmark, in one call
 	bash benchmarks/gpu.sh $(STEPS)
 

@@ -25,7 +25,7 @@ SHORTEST_ROUND = 2e-4
 """Seconds of a CPU round: a shorter call is repeated in it, for a clock reading costs some tenths of a microsecond."""
 EXTRAS = (
     *("op", "shape", "who", "tokens", "floor_s", "peak_mb"),
-    *("flop_ratio", "selection_share", "vision_s", "prefill_s"),
+    *("flop_ratio", "selection_share", "vision_s", "prefill_s", "first_token_s"),
 )
 
 
@@ -57,22 +57,37 @@ def gpu_clock(request, device) -> GpuClock | None:
 
 @pytest.fixture
 def timed(gpu_clock, benchmark, device):
-    """timed(op, shape, who, fn): time ``fn`` for about ``seconds`` and file it under (op, shape, who).
+    """timed(op, shape, who, fn): time ``fn`` for about ``seconds`` and file it under (op, shape, who). Given ``calls``,
+    as many of one that takes seconds and was run before.
 
     On a GPU: its own time behind a cleared L2, of a CUDA graph's replay where ``graph``. ``work`` is what the op can't
     avoid, by which the table says how near to the floor it came.
     """
 
-    def run(op, shape, who, fn, *, graph: bool = True, seconds: float = 2.0, work: ceilings.Work | None = None):
+    def run(
+        op,
+        shape,
+        who,
+        fn,
+        *,
+        graph: bool = True,
+        seconds: float = 2.0,
+        calls: int = 0,
+        work: ceilings.Work | None = None,
+    ):
         benchmark.group = f"{op} | {shape}"
         benchmark.name = who
         benchmark.extra_info.update(op=op, shape=shape, who=who)
         if work is not None:
             benchmark.extra_info["floor_s"] = work.floor(device)
-        fn()
+        if not calls:
+            fn()
         if gpu_clock is not None:
             fn = gpu_clock.timed(captured(fn) if graph else fn)
-            fn()
+        if calls:
+            benchmark.pedantic(fn, rounds=calls, iterations=1)
+            return
+        fn()
         once = _once(fn)
         iterations = 1 if gpu_clock is not None else max(1, int(SHORTEST_ROUND / once))
         rounds = max(5, min(50, int(seconds / (once * iterations)))) if once < 5 else 2

@@ -31,6 +31,8 @@ def notes(row: Row) -> Iterator[str]:
         yield f"floor {row['floor_s'] / row['median_s']:.0%}"
     if row.get("speedup"):
         yield f"{row['speedup']:.2f}x as fast as {EVERYTHING}"
+    if "first_token_s" in row:
+        yield f"first token {row['first_token_s'] * 1e3:.0f} ms"
     if "vision_s" in row:
         yield f"vision tower {row['vision_s'] * 1e3:.0f} ms, prefill {row['prefill_s'] * 1e3:.0f} ms"
     if "peak_mb" in row:
