@@ -83,9 +83,10 @@ def test_answer(timed, loaded, benchmark, frames, who):
             return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, **more)
 
         run()
-        first = FirstToken()
         with measure(model) as took:
+            first = FirstToken()
             answer = run(stopping_criteria=[first])
+        assert 0 < first.seconds <= took.total
         assert answer.shape[1] in (NEW_TOKENS, ids.shape[1] + NEW_TOKENS)
         kept = handle.last.kept
         assert kept == tokens if who == EVERYTHING else 0 < kept <= tokens
