@@ -11,7 +11,7 @@ from torch import nn
 
 from qts_video.adapters.base import Adapter
 from qts_video.cache import VideoCache, content_key
-from qts_video.dropin.chunks import encode_in_chunks
+from qts_video.dropin.chunks import arguments_of, encode_in_chunks
 from qts_video.newlines import NewlineLayout
 
 # An argument of the language model, which forward() passes on and generate() does not.
@@ -101,14 +101,10 @@ class VideoEncoder:
     def _arguments(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """By name, with the config's values of those that are not given: forward() fills them in, generate() does
         not."""
-        bound = inspect.signature(self.__wrapped__).bind(*args, **kwargs)
-        config, arguments = self.model.config, {}
-        for name, parameter in bound.signature.parameters.items():
-            value = bound.arguments.get(name)
-            if parameter.kind is parameter.VAR_KEYWORD:
-                arguments |= value or {}
-            else:
-                arguments[name] = getattr(config, name, None) if value is None else value
+        given, config = arguments_of(self.__wrapped__, args, kwargs), self.model.config
+        parameters = inspect.signature(self.__wrapped__).parameters.values()
+        missing = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and given.get(p.name) is None]
+        arguments = given | {name: getattr(config, name, None) for name in missing}
         return {name: value for name, value in arguments.items() if value is not None and name not in _NO_ARGUMENT}
 
     def _weights(self) -> list[torch.Tensor]:
