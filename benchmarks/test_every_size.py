@@ -10,10 +10,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from guard import REFERENCE
+from test_reencode import rms_norm
+from test_scoring import eager_relevance, referred
 from torch.nn import functional as F
 
 import qts_kernels
-from qts_kernels import backends
 from qts_kernels.testing import assert_within_budget
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -27,19 +28,9 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def rms_norm(x, weight):
-    return (x.float() * (x.float().square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype) * weight
-
-
-def attention(query, key):
-    key = key.repeat_interleave(query.shape[2] // key.shape[2], dim=2)
-    logits = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * query.shape[-1] ** -0.5
-    return logits.softmax(-1, dtype=torch.float32).amax((1, 2))
-
-
 def relevance(dtype, heads, kv_heads, head_dim, length, m):
     inputs = draw(1, length, heads, head_dim, dtype=dtype), draw(1, m, kv_heads, head_dim, dtype=dtype)
-    return qts_kernels.relevance, inputs, attention
+    return qts_kernels.relevance, inputs, eager_relevance
 
 
 def rms_scale(dtype, m, d):
@@ -124,7 +115,7 @@ GRID: dict[Callable, list[tuple[int, ...]]] = {
 CASES = [
     pytest.param(of, dtype, shape, id=f"{of.__name__}-{dtype}-{'x'.join(map(str, shape))}")
     for of, shapes in GRID.items()
-    for shape in shapes
+    for shape in dict.fromkeys(shapes)
     for dtype in (("fp32",) if of.__name__ in ONE_DTYPE else DTYPES)
 ]
 
@@ -135,10 +126,7 @@ CASES = [
 def test_size(timed, of, dtype, shape, who):
     ours, inputs, lines = of(DTYPES[dtype], *shape)
 
-    def reference(*inputs):
-        with backends.force("reference"):
-            return ours(*inputs)
-
+    reference = referred(ours)
     if who == LINES and lines is None:
         pytest.skip("nobody writes it in a line")
     if who == "qts_kernels":

@@ -6,6 +6,7 @@ import importlib.util
 import pytest
 import torch
 from ceilings import Work
+from guard import REFERENCE
 from torch.nn import functional as F
 
 import qts_kernels
@@ -88,16 +89,16 @@ def check(ours, eager, exact):
 def referred(run):
     """``run`` with every op served by its eager reference."""
 
-    def call():
+    def call(*inputs):
         with backends.force("reference"):
-            return run()
+            return run(*inputs)
 
     return call
 
 
 SCORERS = [
     "qts_kernels",
-    "eager reference",
+    REFERENCE,
     "eager, as a model writes it",
     "eager, as released",
     "torch.compile",
@@ -115,7 +116,7 @@ def test_score_raw_tokens(timed, device, shape, dtype, who):
     compiled = torch.compile(eager_scorer) if who == "torch.compile" else None
     runs = {
         "qts_kernels": lambda: our_scorer(x, folded, query),
-        "eager reference": referred(lambda: our_scorer(x, folded, query)),
+        REFERENCE: referred(lambda: our_scorer(x, folded, query)),
         "eager, as a model writes it": lambda: eager_scorer(x, norm, weight, query),
         "eager, as released": lambda: released_layer(x, norm, weight, query),
         "torch.compile": lambda: compiled(x, norm, weight, query),

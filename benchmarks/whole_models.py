@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 GPU = torch.cuda.is_available()
-IMAGE, VIDEO, START, END = 900, 901, 902, 903
-FRAME, COLON, NEWLINE, DIGITS = 904, 905, 906, range(910, 920)
+IMAGE, VIDEO, START, END = 1000, 1001, 1002, 1003
+FRAME, COLON, NEWLINE, DIGITS = 1004, 1005, 1006, range(1010, 1020)
 """Ids of placeholders and of what labels InternVL's frames; the words of a prompt are below."""
 TEXT_TOKENS = 64
 
@@ -47,24 +47,27 @@ def names() -> list[str]:
 
 def build(name: str, device: str) -> nn.Module:
     """In bfloat16 on a GPU; on a CPU the small model of that family, in float32."""
-    size = SIZES[name] if GPU else SMALL
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if GPU else torch.float32)
-    try:
-        with torch.device(device):
-            model = _family(name)[0](size).eval()
-    finally:
-        torch.set_default_dtype(before)
+    model = made_on(device, lambda: _family(name)[0](_size(name)))
     model.generation_config.eos_token_id = None  # random weights must not stop early
     model.generation_config.pad_token_id = 0
     return model
 
 
+def made_on(device: str, make: Callable[[], nn.Module]) -> nn.Module:
+    """A model in eval mode, made on ``device`` from one seed: in bfloat16 on a GPU, else float32."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32)
+    try:
+        with torch.device(device):
+            return make().eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
 def prompt(name: str, model: nn.Module, frames: int) -> dict[str, torch.Tensor]:
     """What the model is given for a film of ``frames`` frames and a question."""
-    size = SIZES[name] if GPU else SMALL
-    ids, inputs = _family(name)[1](size, frames)
+    ids, inputs = _family(name)[1](_size(name), frames)
     ids = torch.tensor([[*range(1, 15), *ids, *range(20, 20 + TEXT_TOKENS)]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
     if "video_grid_thw" in inputs:
@@ -73,6 +76,10 @@ def prompt(name: str, model: nn.Module, frames: int) -> dict[str, torch.Tensor]:
         key: value.to(model.device, model.dtype) if key.startswith("pixel") else value.to(model.device)
         for key, value in inputs.items()
     }
+
+
+def _size(name: str) -> Size:
+    return SIZES[name] if GPU else SMALL
 
 
 def _text(size: Size, **more: Any) -> dict[str, Any]:
@@ -96,7 +103,7 @@ def _vision(size: Size, **more: Any) -> dict[str, Any]:
     return {**shape, "intermediate_size": inner, "patch_size": 14, **more}
 
 
-def _build_qwen(size: Size) -> nn.Module:
+def build_qwen(size: Size) -> nn.Module:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     width, layers, heads, inner = size.vision
@@ -178,7 +185,7 @@ def _prompt_internvl(size: Size, frames: int) -> tuple[list[int], dict[str, torc
 
 def _family(name: str) -> tuple[Callable[[Size], nn.Module], Callable]:
     return {
-        "Qwen2.5-VL": (_build_qwen, _prompt_qwen),
+        "Qwen2.5-VL": (build_qwen, _prompt_qwen),
         "LLaVA-Video": (_build_llava, _prompt_llava),
         "InternVL3": (_build_internvl, _prompt_internvl),
     }[name.rpartition("-")[0]]
