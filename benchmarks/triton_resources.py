@@ -1,4 +1,5 @@
-"""Compile every Triton kernel for cards that need not be here; write registers, spills and shared memory to a table.
+"""Compile every Triton kernel for cards that need not be here; write registers, spills, shared memory and
+what the inner loops take to a table.
 
     python benchmarks/triton_resources.py [--output benchmarks/results/triton-resources.md]
 
@@ -21,6 +22,8 @@ from pathlib import Path
 
 import torch
 import triton
+from inner_loops import Loop, loops
+from inner_loops import table as loop_table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -141,26 +144,26 @@ def cases() -> dict[str, Callable[[], object]]:
 def recorded(target: GPUTarget) -> Iterator[list[Launch]]:
     """Within the context launches are appended to the list instead of started, as they would be on ``target``."""
     launches: list[Launch] = []
-    run, is_amd = JITFunction.run, _triton_common.is_amd
+    run, is_amd, is_hopper = JITFunction.run, _triton_common.is_amd, _triton_common.is_hopper
 
     def record(self, *arguments, grid, warmup, **options):
         launches.append(Launch(self, arguments, options))
 
     JITFunction.run, _triton_common.is_amd = record, lambda: target.backend == "hip"
+    _triton_common.is_hopper = lambda x: target.arch == 90
     try:
         yield launches
     finally:
-        JITFunction.run, _triton_common.is_amd = run, is_amd
+        JITFunction.run, _triton_common.is_amd, _triton_common.is_hopper = run, is_amd, is_hopper
 
 
-def compile_case(name: str, target_name: str) -> list[Resources]:
-    """Compile what one case launches, each kernel once for each distinct set of constants."""
+def compiled(name: str, target_name: str) -> Iterator:
+    """The kernels that one case launches, compiled: each once for each distinct set of constants."""
     target = TARGETS[target_name]
     with recorded(target) as launches:
         cases()[name]()
     backend = make_backend(target)
-    op, config = name.split(", ", 1)
-    found = {}
+    seen = set()
     for launch in launches:
         bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
         bound, specialization, options = bind(*launch.arguments, **launch.options)
@@ -168,14 +171,24 @@ def compile_case(name: str, target_name: str) -> list[Resources]:
         parsed, signature, constants, attributes = launch.kernel._pack_args(
             backend, options, bound, specialization, options
         )
-        compiled = triton.compile(
+        kernel = triton.compile(
             ASTSource(launch.kernel, signature, constants, attributes), target=target, options=parsed.__dict__
         )
-        registers, spills, shared = _usage(compiled, target)
-        found[compiled.hash] = Resources(
-            op, compiled.name, config, target_name, compiled.metadata.num_warps, registers, spills, shared
-        )
-    return list(found.values())
+        if kernel.hash not in seen:
+            seen.add(kernel.hash)
+            yield kernel
+
+
+def compile_case(name: str, target_name: str) -> tuple[list[Resources], list[Loop]]:
+    """What the kernels that one case launches take; and on sm_90 their inner loops that multiply."""
+    op, config = name.split(", ", 1)
+    resources, inner = [], []
+    for kernel in compiled(name, target_name):
+        usage = _usage(kernel, TARGETS[target_name])
+        resources.append(Resources(op, kernel.name, config, target_name, kernel.metadata.num_warps, *usage))
+        if target_name == "sm_90":
+            inner += [loop for loop in loops(kernel) if loop.tensor]
+    return resources, inner
 
 
 def _usage(compiled, target: GPUTarget) -> tuple[int, int, int]:
@@ -216,14 +229,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
-            pending = [pool.submit(compile_case, name, target) for name in cases() for target in TARGETS]
-            rows = [row for p in pending for row in p.result()]
+            pending = {
+                (name, target): pool.submit(compile_case, name, target) for name in cases() for target in TARGETS
+            }
+            rows = [row for p in pending.values() for row in p.result()[0]]
+            inner = [(name, loop) for (name, _), p in pending.items() for loop in p.result()[1]]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(
         f"# What each Triton kernel takes\n\nCompiled by Triton {triton.__version__} without a card, by "
         "`python benchmarks/triton_resources.py`. Registers are those of a thread (AMD: vector registers); spills are "
         "bytes of stack and local memory (AMD: spilled vector registers). Relevance has 28 query heads, 4 key heads "
-        "and 64 question tokens.\n\n" + table(rows)
+        "and 64 question tokens.\n\n" + table(rows) + "\n## Inner loops that multiply on sm_90\n\nRead off the "
+        "machine code by `benchmarks/inner_loops.py`: instructions of a warp, and clocks of a multiprocessor that one "
+        "turn by all warps of a program takes to issue, of its tensor cores and of its special-function units. "
+        "Bounds, not times. Of two loops the one with fewer instructions is the one that masks nothing.\n\n"
+        + loop_table(inner)
     )
     sys.stdout.write(table(rows))
 

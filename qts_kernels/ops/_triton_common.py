@@ -14,13 +14,14 @@ from torch import Tensor
 
 
 @triton.jit
-def segment_of_block(cu_seqlens, segments, block, size):
-    """The largest s with cu_seqlens[s] // size + s <= block; the last segment where block lies behind them all."""
+def segment_of_block(cu_seqlens, segments, block, size, EACH: tl.constexpr = 1):
+    """The largest s with cu_seqlens[s] * EACH // size + s <= block; the last segment where block lies behind them all.
+    EACH is how many rows of the blocks one row of cu_seqlens stands for."""
     low = block * 0
     high = low + segments - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if tl.load(cu_seqlens + middle) // size + middle <= block:
+        if tl.load(cu_seqlens + middle) * EACH // size + middle <= block:
             low = middle
         else:
             high = middle - 1
@@ -68,6 +69,11 @@ def multiprocessors(x: Tensor) -> int:
 def is_amd() -> bool:
     """AMD cards have 64 KiB of shared memory a program and wavefronts of 64."""
     return torch.version.hip is not None
+
+
+def is_hopper(x: Tensor) -> bool:
+    """Hopper multiplies by groups of four warps (wgmma); taken for granted where there is no card."""
+    return not is_amd() and (not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] == 9)
 
 
 def check_dtype(name: str, x: Tensor) -> None:

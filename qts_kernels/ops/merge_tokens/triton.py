@@ -22,7 +22,7 @@ SCAN = 512  # tokens of a frame that a program takes at once
 RANKS = 32
 
 
-@triton.jit(do_not_specialize=["length", "columns"])
+@triton.jit(do_not_specialize=["length"])
 def _inverse_norms(x, wanted, inverse_norm, length, columns, BLOCK: tl.constexpr):
     """[T, length]: 1 over the norm of each row, 0 where that is 0."""
     row = tl.program_id(0).to(tl.int64)
@@ -149,7 +149,7 @@ def _follow(target, members, wanted, slot, share, tokens, length, COMPAT: tl.con
             tl.store(share + frame * tokens + token, before / count.to(tl.float32), mask=inside)
 
 
-@triton.jit(do_not_specialize=["length", "columns"])
+@triton.jit(do_not_specialize=["length"])
 def _means(
     x, weights, order, members, wanted, means, merged_weights, length, columns,
     COMPAT: tl.constexpr, BLOCK: tl.constexpr,
@@ -176,7 +176,7 @@ def _means(
             tl.store(merged_weights + row, tl.where(COMPAT, 1.0, whole))
 
 
-@triton.jit(do_not_specialize=["frames", "tokens", "columns"])
+@triton.jit(do_not_specialize=["frames", "tokens"])
 def _write(
     x, sizes, held_shares, order, members, cu_seqlens, out, out_sizes, rows, shares, frames, tokens, columns,
     COMPAT: tl.constexpr, BLOCK: tl.constexpr,

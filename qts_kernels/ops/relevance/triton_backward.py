@@ -21,12 +21,15 @@ from qts_kernels.ops._triton_common import (
     on_device_of,
     segment_bounds,
     segment_of_block,
-    segment_of_rows,
 )
 from qts_kernels.ops.relevance.triton_tiles import (
     LOG2_E,
+    PACKED,
+    copy_rows,
     gradient_tiles,
     load_tile,
+    packed_rows,
+    packed_start,
     precision,
     product,
     row_heads,
@@ -39,20 +42,13 @@ _LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
-def _norm(lse, index):
-    """What the logits of each row are taken less; +inf, a weight of 0, where the row sees no key."""
-    value = tl.load(lse + index)
-    return tl.where(value == -float("inf"), float("inf"), value)
-
-
-@triton.jit
 def _add_product(d, tile, sums, WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr):
     """sums + d @ tile. d keeps 16 bits of its mantissa where the tile is bf16: rounded to 8, it alone would spend the
-    error budget."""
+    error budget. Its upper half is cut, not rounded: what is left is exact, and a mask is cheaper than a conversion."""
     if WIDE.is_bf16():
-        high = d.to(tl.bfloat16)
-        sums = tl.dot(high, tile, sums)
-        return tl.dot((d - high.to(tl.float32)).to(tl.bfloat16), tile, sums)
+        high = (d.to(tl.uint32, bitcast=True) & 0xFFFF0000).to(tl.float32, bitcast=True)
+        sums = tl.dot(high.to(tl.bfloat16), tile, sums)
+        return tl.dot((d - high).to(tl.bfloat16), tile, sums)
     else:
         return tl.dot(d, tile.to(WIDE), sums, input_precision=WIDE_PRECISION)
 
@@ -86,12 +82,36 @@ def _spread(
             tl.store(picked + first_key + position, value, mask=position < available)
 
 
+@triton.jit(do_not_specialize=["rows", "segments"])
+def _pack(
+    query, lse, cu_seqlens_q, packed_query, packed_lse, rows, segments, packed_rows, query_stride, query_head_stride,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Packed copies of the query and, in base 2, of lse: +inf, a weight of 0, where a row sees no key or is none."""
+    block = tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
+    segment = segment_of_block(cu_seqlens_q, segments, block * BLOCK_ROWS // PACKED, PACKED, GROUP)
+    first_row, length = segment_bounds(cu_seqlens_q, segment, rows)
+    packed = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = packed - packed_start(first_row, segment, GROUP, PACKED)
+    packed += kv_head.to(tl.int64) * packed_rows
+    token, head = row_heads(row, tl.maximum(length, 1), GROUP)
+    head += kv_head * GROUP
+    inside = row < length * GROUP
+    value = tl.load(lse + head.to(tl.int64) * rows + first_row + token, mask=inside, other=-float("inf"))
+    tl.store(packed_lse + packed, tl.where(value == -float("inf"), float("inf"), value * _LOG2_E))
+    source = (first_row + token).to(tl.int64) * query_stride + head.to(tl.int64) * query_head_stride
+    copy_rows(query, source, packed_query, packed * HEAD_DIM, length > 0, HEAD_DIM, DEPTH)
+
+
 @triton.jit(do_not_specialize=["rows", "keys", "segments"])
 def _sum_picked(
-    attains, picked, cu_seqlens_q, cu_seqlens_k, partial, rows, keys, segments, chunk,
-    HEADS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    attains, picked, cu_seqlens_q, cu_seqlens_k, partial, rows, keys, segments, chunk, packed_rows,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PACKED: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Max mode: partial c [split, H, Tq] of the keys of one chunk."""
+    """Max mode: partial c [split, KV, packed rows] of the keys of one chunk."""
     block = tl.program_id(0)
     segment = segment_of_block(cu_seqlens_k, segments, block, chunk)
     first_row, length = segment_bounds(cu_seqlens_q, segment, rows)
@@ -100,29 +120,73 @@ def _sum_picked(
     begin = split * chunk
     if (begin >= 0) & (begin < available):
         end = tl.minimum(begin + chunk, available)
-        for tile in range(0, tl.cdiv(length * HEADS, BLOCK_ROWS)):
+        target = split.to(tl.int64) * KV_HEADS * packed_rows + packed_start(first_row, segment, GROUP, PACKED)
+        for tile in range(0, tl.cdiv(length * GROUP * KV_HEADS, BLOCK_ROWS)):
             number = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # head * length + token
-            total = tl.zeros([BLOCK_ROWS], tl.float32)
+            # Added up across the tile's keys at the end alone: a sum over lanes takes more than the tile itself.
+            total = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
             for start in range(begin, end, BLOCK_KEYS):
                 position = start + tl.arange(0, BLOCK_KEYS)
                 row = tl.load(attains + first_key + position, mask=position < end, other=-1)
                 value = tl.load(picked + first_key + position, mask=position < end, other=0)
-                total += tl.sum(tl.where(row[None, :] == number[:, None], value[None, :], 0.0), 1)
-            target = (split * HEADS + number // length).to(tl.int64) * rows + first_row + number % length
-            tl.store(partial + target, total, mask=number < length * HEADS)
+                total += tl.where(row[None, :] == number[:, None], value[None, :], 0.0)
+            kv_head, row = number // (length * GROUP), number % (length * GROUP)
+            inside = number < length * GROUP * KV_HEADS
+            tl.store(partial + target + kv_head.to(tl.int64) * packed_rows + row, tl.sum(total, 1), mask=inside)
+
+
+@triton.jit
+def _row_step(
+    sums, total, query_tile, query, offsets, token, number, norm, row_c, key, key_scale, g, attains, start, end, last,
+    part, shift, scale, share, key_stride,
+    HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, HAS_SCALE: tl.constexpr, MEAN: tl.constexpr,
+    SUM_ONLY: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Add one tile of keys to the gradients of a tile of rows; with SUM_ONLY to c."""
+    offset = tl.arange(0, BLOCK_KEYS)
+    position = start + offset
+    if MASKED:
+        offset = tl.minimum(position, last) - start
+    key += tl.cast(start, tl.int64) * key_stride
+    key_tile = load_tile(key, offset * key_stride, part, HEAD_DIM, DEPTH)
+    if HEAD_DIM <= DEPTH:
+        logits = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)
+    else:
+        logits = product(query_tile, query, offsets, key, offset * key_stride, HEAD_DIM, DEPTH, PRECISION)
+    factor = tl.full([BLOCK_KEYS], scale, tl.float32)
+    if HAS_SCALE:
+        factor *= tl.load(key_scale + start + offset)
+    p = tl.exp2(logits * (factor * _LOG2_E)[None, :] - norm[:, None])
+    if MASKED:
+        visible = (position < end)[None, :]
+        if CAUSAL:
+            visible = visible & (position[None, :] <= token[:, None] + shift)
+        p = tl.where(visible, p, 0.0)
+    wg = tl.load(g + start + offset)[None, :]
+    if MEAN:
+        wg *= share
+    else:
+        wg = tl.where(tl.load(attains + start + offset)[None, :] == number[:, None], wg, 0.0)
+    if SUM_ONLY:
+        total += tl.sum(p * wg, 1)
+    else:
+        d = p * (wg - row_c[:, None]) * factor[None, :]
+        sums = _add_product(d, key_tile, sums, WIDE, WIDE_PRECISION)
+    return sums, total
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "segments", "slots"])
 def _row_gradients(
-    query, key, key_scale, cu_seqlens_q, cu_seqlens_k, lse, c, g, attains, partial,
-    rows, keys, segments, chunk, slots, scale,
-    query_stride, query_head_stride, key_stride, key_head_stride,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, HAS_SCALE: tl.constexpr,
-    MEAN: tl.constexpr, SUM_ONLY: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, key_scale, cu_seqlens_q, cu_seqlens_k, norms, c, g, attains, partial,
+    rows, keys, segments, chunk, slots, packed_rows, scale, key_stride, key_head_stride,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr, MEAN: tl.constexpr, SUM_ONLY: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """partial d query [split, H, Tq, Dh] of the keys of one chunk; with SUM_ONLY partial c [split, H, Tq] instead."""
+    """partial d query [split, KV, packed rows, Dh] of the keys of one chunk; with SUM_ONLY partial c [split, KV, packed
+    rows] instead."""
     program = tl.program_id(0)
     slot = program % slots
     kv_head = program // slots % KV_HEADS
@@ -134,93 +198,125 @@ def _row_gradients(
     begin = split * chunk
     if (begin >= 0) & (begin < available):
         end = tl.minimum(begin + chunk, available)
+        last = available - 1
         shift = available - length
-        query += kv_head.to(tl.int64) * GROUP * query_head_stride
+        everyone = end
+        if CAUSAL:
+            everyone = tl.minimum(end, shift + 1)  # the keys that every row sees
+        unmasked = begin + tl.maximum(everyone - begin, 0) // BLOCK_KEYS * BLOCK_KEYS
         key += first_key.to(tl.int64) * key_stride + kv_head.to(tl.int64) * key_head_stride
+        g += first_key
+        attains += first_key
+        if HAS_SCALE:
+            key_scale += first_key
         share = 1.0 / (length * GROUP * KV_HEADS).to(tl.float32)
+        lane = tl.arange(0, BLOCK_ROWS)
+        lanes = lane * HEAD_DIM
+        head_start = kv_head.to(tl.int64) * packed_rows + packed_start(first_row, segment, GROUP, PACKED)
         for tile in range(slot, tl.cdiv(length * GROUP, BLOCK_ROWS), slots):
-            token, head = row_heads(tile, length * GROUP, GROUP, BLOCK_ROWS)
-            inside = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS) < length * GROUP
-            offsets = (first_row + token).to(tl.int64) * query_stride + head.to(tl.int64) * query_head_stride
-            full_head = kv_head * GROUP + head
-            number = full_head * length + token
-            statistic = full_head.to(tl.int64) * rows + first_row + token
-            norm = _norm(lse, statistic)
-            query_tile = stationary_tile(query, offsets, HEAD_DIM, DEPTH)
-            target = (split * GROUP * KV_HEADS + full_head).to(tl.int64) * rows + first_row + token
+            row = tile * BLOCK_ROWS + lane
+            token = row % length
+            number = kv_head * GROUP * length + row  # head * length + token
+            at = head_start + tile * BLOCK_ROWS
+            norm = tl.load(norms + at + lane)
+            base = query + at * HEAD_DIM
+            query_tile = stationary_tile(base, lanes, HEAD_DIM, DEPTH)
+            target = partial + (split.to(tl.int64) * KV_HEADS * packed_rows + at) * (1 if SUM_ONLY else HEAD_DIM)
             if SUM_ONLY:
                 row_c = tl.zeros([BLOCK_ROWS], tl.float32)
             else:
-                row_c = tl.load(c + statistic)
+                row_c = tl.load(c + at + lane)
             total = tl.zeros([BLOCK_ROWS], tl.float32)
             for part in range(0, 1 if SUM_ONLY else (HEAD_DIM + DEPTH - 1) // DEPTH):
                 sums = tl.zeros([BLOCK_ROWS, DEPTH], tl.float32)
-                for start in range(begin, end, BLOCK_KEYS):
-                    position = start + tl.arange(0, BLOCK_KEYS)
-                    index = tl.minimum(position, available - 1).to(tl.int64)
-                    key_tile = load_tile(key, index * key_stride, part, HEAD_DIM, DEPTH)
-                    if HEAD_DIM <= DEPTH:
-                        logits = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)
-                    else:
-                        logits = product(
-                            query_tile, query, offsets, key, index * key_stride, HEAD_DIM, DEPTH, PRECISION
-                        )
-                    factor = tl.full([BLOCK_KEYS], scale, tl.float32)
-                    if HAS_SCALE:
-                        factor *= tl.load(key_scale + first_key + index)
-                    p = tl.exp2((logits * factor[None, :] - norm[:, None]) * _LOG2_E)
-                    visible = (position < end)[None, :]
-                    if CAUSAL:
-                        visible = visible & (position[None, :] <= token[:, None] + shift)
-                    p = tl.where(visible, p, 0.0)
-                    wg = tl.load(g + first_key + index)[None, :]
-                    if MEAN:
-                        wg *= share
-                    else:
-                        wg = tl.where(tl.load(attains + first_key + index)[None, :] == number[:, None], wg, 0.0)
-                    if SUM_ONLY:
-                        total += tl.sum(p * wg, 1)
-                    else:
-                        d = p * (wg - row_c[:, None]) * factor[None, :]
-                        sums = _add_product(d, key_tile, sums, WIDE, WIDE_PRECISION)
+                for start in range(begin, unmasked, BLOCK_KEYS):
+                    sums, total = _row_step(
+                        sums, total, query_tile, base, lanes, token, number, norm, row_c, key, key_scale, g, attains,
+                        start, end, last, part, shift, scale, share, key_stride, HEAD_DIM, CAUSAL, False, HAS_SCALE,
+                        MEAN, SUM_ONLY, PRECISION, WIDE, WIDE_PRECISION, BLOCK_KEYS, DEPTH,
+                    )  # fmt: skip
+                for start in range(unmasked, end, BLOCK_KEYS):
+                    sums, total = _row_step(
+                        sums, total, query_tile, base, lanes, token, number, norm, row_c, key, key_scale, g, attains,
+                        start, end, last, part, shift, scale, share, key_stride, HEAD_DIM, CAUSAL, True, HAS_SCALE,
+                        MEAN, SUM_ONLY, PRECISION, WIDE, WIDE_PRECISION, BLOCK_KEYS, DEPTH,
+                    )  # fmt: skip
                 if not SUM_ONLY:
                     depth = part * DEPTH + tl.arange(0, DEPTH)
-                    tl.store(
-                        partial + target[:, None] * HEAD_DIM + depth[None, :],
-                        sums,
-                        mask=inside[:, None] & (depth < HEAD_DIM)[None, :],
-                    )
+                    inside = (row < length * GROUP)[:, None] & (depth < HEAD_DIM)[None, :]
+                    tl.store(target + lanes[:, None] + depth[None, :], sums, mask=inside)
             if SUM_ONLY:
-                tl.store(partial + target, total, mask=inside)
+                tl.store(target + lane, total, mask=row < length * GROUP)
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "segments", "chunk"])
 def _sum_splits(
-    partial, cu_seqlens_q, cu_seqlens_k, out, rows, keys, segments, chunk, head_stride, row_stride,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    partial, cu_seqlens_q, cu_seqlens_k, out, rows, keys, segments, chunk, packed_rows, head_stride, row_stride,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PACKED: tl.constexpr, TO_PACKED: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """out [H, Tq, WIDTH], in any order of its axes, from partial [split, H, Tq, WIDTH] in ascending order of splits."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    inside = row < tl.cast(rows, tl.int64) * HEADS
-    segment = segment_of_rows(cu_seqlens_q, segments, (row % rows).to(tl.int32))
+    """out [Tq, H, WIDTH] from partial [split, KV, packed rows, WIDTH] in ascending order of splits; or packed as well,
+    then with zeros where there is no row."""
+    block = tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
+    segment = segment_of_block(cu_seqlens_q, segments, block * BLOCK_ROWS // PACKED, PACKED, GROUP)
+    first_row, length = segment_bounds(cu_seqlens_q, segment, rows)
     _, available = segment_bounds(cu_seqlens_k, segment, keys)
-    splits = tl.where(inside, tl.cdiv(available, chunk), 0)
+    packed = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = packed - packed_start(first_row, segment, GROUP, PACKED)
+    packed += kv_head.to(tl.int64) * packed_rows
     column = tl.arange(0, BLOCK_WIDTH)
+    known = (column < WIDTH)[None, :] & (row < length * GROUP)[:, None]
     result = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-    for split in range(0, tl.max(splits, 0)):
-        source = (row + split * tl.cast(rows, tl.int64) * HEADS)[:, None] * WIDTH + column[None, :]
-        result += tl.load(partial + source, mask=(split < splits)[:, None] & (column < WIDTH)[None, :], other=0)
-    target = (row // rows)[:, None] * head_stride + (row % rows)[:, None] * row_stride + column[None, :]
-    tl.store(out + target, result, mask=inside[:, None] & (column < WIDTH)[None, :])
+    for split in range(0, tl.cdiv(available, chunk)):
+        source = packed + split * packed_rows.to(tl.int64) * KV_HEADS
+        result += tl.load(partial + source[:, None] * WIDTH + column[None, :], mask=known, other=0)
+    if TO_PACKED:
+        tl.store(out + packed[:, None] * WIDTH + column[None, :], result, mask=(column < WIDTH)[None, :])
+    else:
+        token, head = row_heads(row, tl.maximum(length, 1), GROUP)
+        target = (first_row + token).to(tl.int64) * row_stride + (kv_head * GROUP + head).to(tl.int64) * head_stride
+        tl.store(out + target[:, None] + column[None, :], result, mask=known)
+
+
+@triton.jit
+def _key_sums(
+    query, key_tile, key_head, key_offsets, norms, c, position, own_g, attained, factor, scale_sum, length, start,
+    kv_head, part, shift,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, HAS_SCALE: tl.constexpr, MEAN: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of keys, over the rows of one key head: d key before its factor, and d key_scale's sum."""
+    lane = tl.arange(0, BLOCK_ROWS)
+    sums = tl.zeros([BLOCK_KEYS, DEPTH], tl.float32)
+    for first in range(0, length * GROUP, BLOCK_ROWS):
+        at = start + first
+        tile = query + at * HEAD_DIM
+        query_tile = load_tile(tile, lane * HEAD_DIM, part, HEAD_DIM, DEPTH)
+        if HEAD_DIM <= DEPTH:
+            logits = tl.dot(key_tile, tl.trans(query_tile), input_precision=PRECISION)
+        else:
+            logits = product(key_tile, key_head, key_offsets, tile, lane * HEAD_DIM, HEAD_DIM, DEPTH, PRECISION)
+        p = tl.exp2(logits * (factor * _LOG2_E)[:, None] - tl.load(norms + at + lane)[None, :])
+        if MASKED:
+            p = tl.where(position[:, None] <= ((first + lane) % length)[None, :] + shift, p, 0.0)
+        wg = own_g[:, None]
+        if not MEAN:
+            wg = tl.where(attained[:, None] == (kv_head * GROUP * length + first + lane)[None, :], wg, 0.0)
+        d = p * (wg - tl.load(c + at + lane)[None, :])
+        if HAS_SCALE:
+            scale_sum += tl.sum(tl.where((d == 0) | (part > 0), 0.0, d * logits), 1)
+        sums = _add_product(d, query_tile, sums, WIDE, WIDE_PRECISION)
+    return sums, scale_sum
 
 
 @triton.jit(do_not_specialize=["rows", "keys", "segments"])
 def _key_gradients(
-    query, key, key_scale, cu_seqlens_q, cu_seqlens_k, lse, c, g, attains,
-    grad_key, grad_key_scale, rows, keys, segments, scale,
-    query_stride, query_head_stride, key_stride, key_head_stride,
-    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, CAUSAL: tl.constexpr, HAS_SCALE: tl.constexpr,
-    MEAN: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, key_scale, cu_seqlens_q, cu_seqlens_k, norms, c, g, attains,
+    grad_key, grad_key_scale, rows, keys, segments, packed_rows, scale, key_stride, key_head_stride,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_SCALE: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, WIDE_PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -234,6 +330,7 @@ def _key_gradients(
         position = first + tl.arange(0, BLOCK_KEYS)
         index = first_key.to(tl.int64) + tl.minimum(position, available - 1)
         own_g = tl.load(g + index)
+        attained = tl.zeros([BLOCK_KEYS], tl.int32)
         if MEAN:
             own_g /= tl.maximum(length * GROUP * KV_HEADS, 1).to(tl.float32)
         else:
@@ -244,36 +341,24 @@ def _key_gradients(
         factor = own_scale * scale
         shift = available - length
         scale_sum = tl.zeros([BLOCK_KEYS], tl.float32)
+        start = packed_start(first_row, segment, GROUP, PACKED).to(tl.int64)
         for kv_head in range(0, KV_HEADS):
-            group = query + tl.cast(kv_head * GROUP, tl.int64) * query_head_stride
             key_head = key + tl.cast(kv_head, tl.int64) * key_head_stride
             key_offsets = index * key_stride
             key_tile = stationary_tile(key_head, key_offsets, HEAD_DIM, DEPTH)
             for part in range(0, (HEAD_DIM + DEPTH - 1) // DEPTH):
-                sums = tl.zeros([BLOCK_KEYS, DEPTH], tl.float32)
-                for tile in range(0, tl.cdiv(length * GROUP, BLOCK_ROWS)):
-                    token, head = row_heads(tile, length * GROUP, GROUP, BLOCK_ROWS)
-                    inside = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS) < length * GROUP
-                    offsets = (first_row + token).to(tl.int64) * query_stride + head.to(tl.int64) * query_head_stride
-                    full_head = kv_head * GROUP + head
-                    statistic = full_head.to(tl.int64) * rows + first_row + token
-                    query_tile = load_tile(group, offsets, part, HEAD_DIM, DEPTH)
-                    if HEAD_DIM <= DEPTH:
-                        logits = tl.dot(key_tile, tl.trans(query_tile), input_precision=PRECISION)
-                    else:
-                        logits = product(key_tile, key_head, key_offsets, group, offsets, HEAD_DIM, DEPTH, PRECISION)
-                    p = tl.exp2((logits * factor[:, None] - _norm(lse, statistic)[None, :]) * _LOG2_E)
-                    visible = inside[None, :]
-                    if CAUSAL:
-                        visible = visible & (position[:, None] <= token[None, :] + shift)
-                    p = tl.where(visible, p, 0.0)
-                    wg = own_g[:, None]
-                    if not MEAN:
-                        wg = tl.where(attained[:, None] == (full_head * length + token)[None, :], wg, 0.0)
-                    d = p * (wg - tl.load(c + statistic)[None, :])
-                    if HAS_SCALE:
-                        scale_sum += tl.sum(tl.where((d == 0) | (part > 0), 0.0, d * logits), 1)
-                    sums = _add_product(d, query_tile, sums, WIDE, WIDE_PRECISION)
+                if CAUSAL and first + BLOCK_KEYS - 1 > shift:  # some row does not see the last key
+                    sums, scale_sum = _key_sums(
+                        query, key_tile, key_head, key_offsets, norms, c, position, own_g, attained, factor, scale_sum,
+                        length, start, kv_head, part, shift, GROUP, HEAD_DIM, True, HAS_SCALE, MEAN, PRECISION, WIDE,
+                        WIDE_PRECISION, BLOCK_ROWS, BLOCK_KEYS, DEPTH,
+                    )  # fmt: skip
+                else:
+                    sums, scale_sum = _key_sums(
+                        query, key_tile, key_head, key_offsets, norms, c, position, own_g, attained, factor, scale_sum,
+                        length, start, kv_head, part, shift, GROUP, HEAD_DIM, False, HAS_SCALE, MEAN, PRECISION, WIDE,
+                        WIDE_PRECISION, BLOCK_ROWS, BLOCK_KEYS, DEPTH,
+                    )  # fmt: skip
                 depth = part * DEPTH + tl.arange(0, DEPTH)
                 target = (index * KV_HEADS + kv_head)[:, None] * HEAD_DIM + depth[None, :]
                 tl.store(
@@ -281,6 +366,7 @@ def _key_gradients(
                     sums * factor[:, None],
                     mask=(position < available)[:, None] & (depth < HEAD_DIM)[None, :],
                 )
+            start += packed_rows
         if HAS_SCALE:
             tl.store(grad_key_scale + index, scale_sum * scale, mask=position < available)
 
@@ -314,14 +400,14 @@ def relevance_backward(
     grad, key_scale = grad.contiguous(), None if key_scale is None else key_scale.contiguous()
     cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     cu_columns = cu_seqlens_k if cu_columns is None else cu_columns
-    packed_rows = triton.cdiv(rows, segments) * (heads // kv_heads)
-    tile = gradient_tiles(query, packed_rows)
+    rows_a_segment = triton.cdiv(rows, segments) * (heads // kv_heads)
+    tile = gradient_tiles(query, rows_a_segment)
     # A quarter of the programs that the forward starts: each split costs a copy of d query.
     splits = split_keys(query, key, segments, tile, bytes_a_row=4 * head_dim, waves=1)
     wide, wide_precision = _wide(query)
+    heads_of = {"GROUP": heads // kv_heads, "KV_HEADS": kv_heads, "PACKED": PACKED}
     shared = {
-        "GROUP": heads // kv_heads,
-        "KV_HEADS": kv_heads,
+        **heads_of,
         "HEAD_DIM": head_dim,
         "CAUSAL": causal,
         "HAS_SCALE": key_scale is not None,
@@ -330,20 +416,34 @@ def relevance_backward(
         "WIDE": wide,
         "WIDE_PRECISION": wide_precision,
     }
-    strides = (query.stride(0), query.stride(1), key.stride(0), key.stride(1))
-    c = torch.empty_like(lse)
+    packed = packed_rows(query, kv_heads, segments)
+    packed_query = query.new_empty(kv_heads, packed, head_dim)
+    norms = query.new_empty(kv_heads, packed, dtype=torch.float32)
+    c = torch.empty_like(norms)
     g, picked = query.new_empty(2, keys, dtype=torch.float32)
     attains = query.new_empty(keys, dtype=torch.int32)
-    given = (query, key, key_scale, cu_seqlens_q, cu_seqlens_k, lse, c, g, attains)
-    sizes = (rows, keys, segments)
+    given = (packed_query, key, key_scale, cu_seqlens_q, cu_seqlens_k, norms, c, g, attains)
+    sizes, key_strides = (rows, keys, segments), (key.stride(0), key.stride(1))
 
     def row_gradients(partial: Tensor, sum_only: bool) -> None:
         _row_gradients[(splits.blocks * kv_heads * splits.slots,)](
-            *given, partial, *sizes, splits.chunk, splits.slots, scale, *strides,
+            *given, partial, *sizes, splits.chunk, splits.slots, packed, scale, *key_strides,
             SUM_ONLY=sum_only, **shared, **tile.constants(),
         )  # fmt: skip
 
+    def add_up(partial: Tensor, chunk: int, out: Tensor, width: int) -> None:
+        block_width = triton.next_power_of_2(width)
+        block_rows = min(PACKED, max(1, 1024 // block_width))
+        _sum_splits[(packed // block_rows * kv_heads,)](
+            partial, cu_seqlens_q, cu_seqlens_k, out, *sizes, chunk, packed, out.stride(1), out.stride(0),
+            **heads_of, TO_PACKED=out is c, WIDTH=width, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=4,
+        )  # fmt: skip
+
     with on_device_of(query):
+        _pack[(packed // 32 * kv_heads,)](
+            query, lse, cu_seqlens_q, packed_query, norms, rows, segments, packed, query.stride(0), query.stride(1),
+            **heads_of, HEAD_DIM=head_dim, BLOCK_ROWS=32, DEPTH=tile.depth, num_warps=4,
+        )  # fmt: skip
         _spread[(blocks_of(keys, segments, 512),)](
             grad, scores, argrow, cu_seqlens_q, cu_seqlens_k, column_start, cu_columns, g, attains, picked,
             rows, keys, columns, segments, HAS_START=column_start is not None, MEAN=reduce == "mean", BLOCK=512,
@@ -352,24 +452,21 @@ def relevance_backward(
         chunk = splits.chunk
         if reduce == "max":
             chunk = max(1024, triton.next_power_of_2(triton.cdiv(keys, multiprocessors(query))))
-            partial = query.new_empty(keys // chunk + 1, heads, rows, dtype=torch.float32)
+            partial = query.new_empty(keys // chunk + 1, kv_heads, packed, dtype=torch.float32)
             _sum_picked[(blocks_of(keys, segments, chunk),)](
-                attains, picked, cu_seqlens_q, cu_seqlens_k, partial, rows, keys, segments, chunk,
-                HEADS=heads, BLOCK_ROWS=128, BLOCK_KEYS=32, num_warps=4,
+                attains, picked, cu_seqlens_q, cu_seqlens_k, partial, *sizes, chunk, packed,
+                **heads_of, BLOCK_ROWS=128, BLOCK_KEYS=32, num_warps=4,
             )  # fmt: skip
         else:
-            partial = query.new_empty(splits.most, heads, rows, dtype=torch.float32)
+            partial = query.new_empty(splits.most, kv_heads, packed, dtype=torch.float32)
             row_gradients(partial, True)
-        _add_up(partial, cu_seqlens_q, cu_seqlens_k, keys, chunk, c, c.stride(0), c.stride(1), 1)
+        add_up(partial, chunk, c, 1)
         _key_gradients[(blocks_of(keys, segments, tile.keys),)](
-            *given, grad_key, grad_scale, *sizes, scale, *strides, **shared, **tile.constants()
+            *given, grad_key, grad_scale, *sizes, packed, scale, *key_strides, **shared, **tile.constants()
         )
-        partial = query.new_empty(splits.most, heads, rows, head_dim, dtype=torch.float32)
+        partial = query.new_empty(splits.most, kv_heads, packed, head_dim, dtype=torch.float32)
         row_gradients(partial, False)
-        _add_up(
-            partial, cu_seqlens_q, cu_seqlens_k, keys, splits.chunk,
-            grad_query, grad_query.stride(1), grad_query.stride(0), head_dim,
-        )  # fmt: skip
+        add_up(partial, splits.chunk, grad_query, head_dim)
     return grad_query, grad_key, grad_scale
 
 
@@ -378,16 +475,3 @@ def _wide(query: Tensor) -> tuple[tl.dtype, str]:
     if query.dtype == torch.bfloat16:
         return tl.bfloat16, "tf32"
     return tl.float32, "ieee" if query.dtype == torch.float32 or is_amd() else "tf32x3"
-
-
-def _add_up(
-    partial: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, keys: int, chunk: int, out: Tensor, head_stride: int,
-    row_stride: int, width: int,
-) -> None:  # fmt: skip
-    _, heads, rows = partial.shape[:3]
-    block_width = triton.next_power_of_2(width)
-    block_rows = max(1, min(64, 1024 // block_width))
-    _sum_splits[(triton.cdiv(heads * rows, block_rows),)](
-        partial, cu_seqlens_q, cu_seqlens_k, out, rows, keys, cu_seqlens_q.shape[0] - 1, chunk, head_stride, row_stride,
-        HEADS=heads, WIDTH=width, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, num_warps=4,
-    )  # fmt: skip

@@ -1,8 +1,12 @@
 """What the kernels of relevance share: tile sizes, and tiles of logits.
 
-The G query heads of one key head are packed with the query tokens into rows: row r of a segment is token r // G, head
-r % G of its group. A tile of logits is then one matrix product of at least 16 rows even where there is one token.
+The G query heads of one key head and the L query tokens of a segment are packed into rows: row r is token r % L of head
+r // L of the group. A tile of logits is then one matrix product of at least 16 rows even where there is one token.
 Rows and keys behind the end of a segment repeat its last one: loads need no mask, and what they give is not stored.
+
+Kernels that stream rows past a tile of keys read them from a copy in that order, in which each segment starts at a
+multiple of PACKED: an address is then one sum. Worked out from the query as it comes, the division by L, the clamping
+and the 64-bit products of each row were two of three instructions of the loop.
 """
 
 from dataclasses import dataclass
@@ -16,15 +20,17 @@ from qts_kernels.ops import _triton_common as common
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
+PACKED = 64  # a multiple of the rows of every tile that streams
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of a kernel: packed query rows, keys, and the part of the head size that one product takes.
+    """Tile sizes of a kernel: packed query rows, keys, and the part of the head size that one product takes; and the
+    most registers a thread may have, where that is set.
 
-    Chosen by registers and shared memory, not yet by time. In 16 bits a tile of 128 stays and tiles of 64 stream past:
-    half the traffic of 64 by 64, and on Hopper two programs of 8 warps share a multiprocessor (about 120 registers a
-    thread and 64 KiB each), so that one's exponentials overlap the other's products.
+    Chosen by instructions, registers and shared memory, not yet by time. In 16 bits a tile of 128 stays and tiles of 64
+    stream past: half the traffic of 64 by 64, and on Hopper two programs of 8 warps share a multiprocessor (128
+    registers a thread and 64 KiB each), so that one's exponentials overlap the other's products.
     """
 
     rows: int
@@ -32,15 +38,18 @@ class Tiles:
     depth: int
     warps: int
     stages: int
+    registers: int | None = None
 
     def constants(self) -> dict[str, int]:
         """As the kernels' constants and launch options."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
         return {
             "BLOCK_ROWS": self.rows,
             "BLOCK_KEYS": self.keys,
             "DEPTH": self.depth,
             "num_warps": self.warps,
             "num_stages": self.stages,
+            **limit,
         }
 
 
@@ -51,7 +60,9 @@ def row_tiles(query: Tensor, rows: int) -> Tiles:
         # Products in full fp32 run on the FMA units and hold their operands in registers.
         return Tiles(_power_of_2(rows, 64), 64, min(depth, 32), 4, 2)
     block = _power_of_2(rows, 64 if common.is_amd() else 128)
-    return Tiles(block, 64, depth, 8 if block == 128 else 4, 2)
+    if block < 128:
+        return Tiles(block, 64, depth, 4, 2)
+    return Tiles(block, 64, depth, 8, 2, _shared_by_two(query))
 
 
 def key_tiles(query: Tensor, rows: int) -> Tiles:
@@ -61,7 +72,14 @@ def key_tiles(query: Tensor, rows: int) -> Tiles:
         return Tiles(block, 64, min(depth, 32), 4, 2)
     if common.is_amd():
         return Tiles(block, 64, depth, 4, 2)
-    return Tiles(block, 128, depth, 8 if block == 64 else 4, 2)
+    if block < 64:
+        return Tiles(block, 128, depth, 4, 2)
+    return Tiles(block, 128, depth, 8, 2, _shared_by_two(query))
+
+
+def _shared_by_two(query: Tensor) -> int | None:
+    """The registers a thread of 8 warps may have for two programs to share a multiprocessor."""
+    return 128 if common.is_hopper(query) else None
 
 
 def gradient_tiles(query: Tensor, rows: int) -> Tiles:
@@ -71,7 +89,8 @@ def gradient_tiles(query: Tensor, rows: int) -> Tiles:
         return Tiles(min(block, 32), 32, min(depth, 32), 4, 2)
     if common.is_amd():
         return Tiles(min(block, 32), 32, depth, 4, 2)  # 64 by 64 spills
-    return Tiles(block, 64, depth, 8 if block == 64 else 4, 2)
+    # Two groups of four warps can't share 64 rows of wgmma: they would both compute all of them.
+    return Tiles(block, 64, depth, 8 if block == 64 and not common.is_hopper(query) else 4, 2)
 
 
 def _power_of_2(size: int, most: int) -> int:
@@ -79,10 +98,21 @@ def _power_of_2(size: int, most: int) -> int:
 
 
 @triton.jit
-def row_heads(tile, rows, GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Token and head within the group of each row of a tile; rows behind the last one repeat it."""
-    row = tl.minimum(tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS), rows - 1)
-    return row // GROUP, row % GROUP
+def row_heads(row, length, GROUP: tl.constexpr):
+    """Token and head within the group of rows of a segment; rows behind the last one repeat it."""
+    row = tl.minimum(row, length * GROUP - 1)
+    return row % length, row // length
+
+
+@triton.jit
+def packed_start(first_row, segment, GROUP: tl.constexpr, PACKED: tl.constexpr):
+    """Where the rows of a segment start in the packed order."""
+    return (first_row * GROUP // PACKED + segment) * PACKED
+
+
+def packed_rows(query: Tensor, kv_heads: int, segments: int) -> int:
+    """Rows of each key head in the packed order."""
+    return common.blocks_of(query.shape[0] * (query.shape[1] // kv_heads), segments, PACKED) * PACKED
 
 
 @triton.jit
@@ -94,6 +124,16 @@ def load_tile(base, offsets, part, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr):
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=(depth < HEAD_DIM)[None, :], other=0)
+
+
+@triton.jit
+def copy_rows(source, from_rows, target, to_rows, there_are_any, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr):
+    """The rows at ``from_rows`` to ``to_rows``; zeros where there are none."""
+    for part in tl.static_range(0, (HEAD_DIM + DEPTH - 1) // DEPTH):
+        depth = part * DEPTH + tl.arange(0, DEPTH)
+        within = (depth < HEAD_DIM)[None, :]
+        values = tl.load(source + from_rows[:, None] + depth[None, :], mask=within & there_are_any, other=0)
+        tl.store(target + to_rows[:, None] + depth[None, :], values, mask=within)
 
 
 @triton.jit

@@ -76,6 +76,24 @@ def test_large_logits():
     check_forward(tensors, segments, total, "max", True, True, scale=2.0)
 
 
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_scale_that_is_not_positive(scale, causal):
+    tensors, segments, total = inputs(RAGGED, torch.bfloat16, True, False)
+    for reduce in ("max", "mean"):
+        check_forward(tensors, segments, total, reduce, causal, False, scale=scale)
+
+
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+def test_keys_of_minus_infinity_weigh_nothing(reduce):
+    tensors, segments, total = inputs(RAGGED, torch.float32, False, False)
+    query, key, _ = tensors
+    query[:, :, 0] = query[:, :, 0].abs() + 0.1
+    key[5:9, :, 0] = -torch.inf
+    found, _ = check_forward(tensors, segments, total, reduce, False, False)
+    assert (found[0][5:9] == 0).all()
+
+
 def test_strides():
     """Heads before tokens, and a head size that is not the last axis."""
     (query, key, _), segments, total = inputs(RAGGED, torch.float32, False, False)
