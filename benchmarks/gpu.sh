@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a GPU machine, in one call: build, test, sanitize, benchmark. Uses the python3 on the PATH, with the torch and triton it has, and no network.
-# usage: gpu.sh [STEP ...], of: build tests sanitize benchmarks models (all of them where none is named). No command takes more than $STEP_LIMIT seconds (default 540).
+# usage: gpu.sh [STEP ...], of: build tests sanitize benchmarks models (all of these where none is named) tune. No command takes more than $STEP_LIMIT seconds (default 540).
 # Peers that `make gpu-peers` has put into .whl/ are installed for this run. Results go to benchmarks/results/, and with the logs to $OUT where that is set.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -61,6 +61,8 @@ models() {
   collect
 }
 
+tune() { run tune 40 python3 benchmarks/tune.py; }
+
 collect() { [ -z "${OUT:-}" ] || find benchmarks/results -newer "$log/started" -type f -exec cp {} "$OUT" \;; }
 
 if compgen -G '.whl/*.whl' >/dev/null; then
@@ -89,8 +91,8 @@ touch "$log/started"
 for step in "${@:-build tests sanitize benchmarks models}"; do
   for name in $step; do
     case $name in
-      build | tests | sanitize | benchmarks | models) "$name" ;;
-      *) echo "== no step $name: build tests sanitize benchmarks models" && exit 2 ;;
+      build | tests | sanitize | benchmarks | models | tune) "$name" ;;
+      *) echo "== no step $name: build tests sanitize benchmarks models tune" && exit 2 ;;
     esac
   done
 done

@@ -74,10 +74,15 @@ def test_steps_are_chosen_by_name(gpu):
     assert (status, len(calls)) == (0, 2)
 
 
+def test_tuning_is_done_where_it_is_asked_for(gpu):
+    _, _, calls = gpu("tune")
+    assert [call.split()[1] for call in calls] == ["benchmarks/tune.py"]
+
+
 def test_an_unknown_step_is_refused(gpu):
     status, output, calls = gpu("bild")
     assert (status, calls) == (2, [])
-    assert "no step bild: build tests sanitize benchmarks models" in output
+    assert "no step bild: build tests sanitize benchmarks models tune" in output
 
 
 def test_without_the_sanitizer_the_run_fails_and_says_so(gpu):
