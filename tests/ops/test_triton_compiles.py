@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -75,3 +76,17 @@ def test_every_kernel_has_a_case():
     while wider := {n for name in helpers & defined.keys() for n in defined[name].fn.__code__.co_names} - helpers:
         helpers |= wider
     assert defined.keys() <= launched | helpers
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 64, 300, 3000])
+@pytest.mark.parametrize("keys", [100_000, 1_000_000])
+def test_chunks_of_one_segment_fill_the_card_to_the_end(tokens, keys):
+    """132 multiprocessors hold two programs each: a few programs more would take as long as all of them again."""
+    from qts_kernels.ops.relevance.triton_tiles import gradient_tiles, row_tiles, split_keys
+
+    query = torch.empty(1, 1, 128, dtype=torch.bfloat16).expand(tokens, 28, 128)
+    key = torch.empty(1, 1, 128, dtype=torch.bfloat16).expand(keys, 4, 128)
+    for tiles in (row_tiles(query, 7 * tokens), gradient_tiles(query, 7 * tokens)):
+        splits = split_keys(query, key, 1, tiles, bytes_a_row=8)
+        programs = splits.blocks * 4 * splits.slots
+        assert programs / (-(-programs // 264) * 264) > 0.85, splits

@@ -402,8 +402,7 @@ def relevance_backward(
     cu_columns = cu_seqlens_k if cu_columns is None else cu_columns
     rows_a_segment = triton.cdiv(rows, segments) * (heads // kv_heads)
     tile = gradient_tiles(query, rows_a_segment)
-    # A quarter of the programs that the forward starts: each split costs a copy of d query.
-    splits = split_keys(query, key, segments, tile, bytes_a_row=4 * head_dim, waves=1)
+    splits = split_keys(query, key, segments, tile, bytes_a_row=4 * head_dim)
     wide, wide_precision = _wide(query)
     heads_of = {"GROUP": heads // kv_heads, "KV_HEADS": kv_heads, "PACKED": PACKED}
     shared = {
