@@ -15,6 +15,10 @@ constexpr float LOWEST = -3.402823466e38f;
 constexpr float HIGHEST = 3.402823466e38f;
 constexpr float INFINITE = __builtin_inff();
 
+// How far a row's maximum may rise, in powers of two, above the score that its exponentials are taken against. That
+// score's own term then puts the sum above 1 by more than rounding can take: no score exceeds its row's lse.
+constexpr float RISE = 8;
+
 // A tile of scores, one row of keys after another.
 struct alignas(64) Tile {
   float at[TILE_ROWS][TILE_KEYS];
@@ -92,24 +96,35 @@ QTS_INLINE void for_each_tile(const Head& head, const int32_t* key, int64_t n, u
   }
 }
 
-// The softmax statistics of one row over one tile. The running maximum is the row's, not the lane's: it seldom rises,
-// so that a tile costs TILE_VECS exponentials and a branch, not one more exponential to rescale the sum.
-QTS_INLINE void add_to_row(const float* score, float& max, float* sums) {
+// The softmax statistics of one row over one tile: running[0] sums 2^(s - reference), running[1] is the maximum, lane
+// by lane. The reference is the row's, not the lane's, and follows the maximum loosely: a tile costs TILE_VECS
+// exponentials and a branch that is nearly always foreseen.
+QTS_INLINE void add_to_row(const float* score, float& reference, float* running) {
   Vec s[TILE_VECS];
   for (int j = 0; j < TILE_VECS; ++j) s[j] = load(score + j * LANES);
   Vec top = s[0];
   for (int j = 1; j < TILE_VECS; ++j) top = vmax(s[j], top);
-  Vec sum = load(sums);
-  if (any_greater(top, broadcast(max))) {
+  store(running + LANES, vmax(top, load(running + LANES)));
+  Vec sum = load(running);
+  if (any_greater(top, broadcast(reference + RISE))) {
     // Finite, so that an infinite score makes the sum infinite, not NaN.
-    float higher = max_lanes(vmax(top, broadcast(max)));
+    float higher = max_lanes(vmax(top, broadcast(reference)));
     higher = higher < HIGHEST ? higher : HIGHEST;
-    sum *= exp2(broadcast(max - higher));
-    max = higher;
+    sum *= exp2(broadcast(reference - higher));
+    reference = higher;
   }
-  const Vec m = broadcast(max);
+  const Vec m = broadcast(reference);
   for (int j = 0; j < TILE_VECS; ++j) sum += exp2(s[j] - m);
-  store(sums, sum);
+  store(running, sum);
+}
+
+// The row's maximum, in place of the reference, and the sum of 2^(s - max).
+QTS_INLINE void finish_row(const float* running, float& max, float& sum) {
+  const float reference = max, top = max_lanes(load(running + LANES));
+  max = top < HIGHEST ? top : HIGHEST;
+  float rescale[LANES];
+  store(rescale, exp2(broadcast(reference - max)));
+  sum = sum_lanes(load(running)) * rescale[0];
 }
 
 // top[j] = max(top[j], max over the tile's rows of s - less[i]); NaN is passed over.
@@ -129,10 +144,13 @@ QTS_INLINE void store_columns(float* to, const Vec (&from)[TILE_VECS]) {
 }
 
 template <typename Source>
-void row_statistics(const Head& head, int64_t begin, int64_t end, const Bounds* bounds, uint32_t* words, float* sums,
+void row_statistics(const Head& head, int64_t begin, int64_t end, const Bounds* bounds, uint32_t* words, float* running,
                     float* max, float* sum) {
-  for (int64_t r = 0; r < head.rows; ++r) max[r] = LOWEST;
-  for (int64_t i = 0; i < head.rows * LANES; ++i) sums[i] = 0;
+  for (int64_t r = 0; r < head.rows; ++r) {
+    max[r] = LOWEST;
+    store(running + 2 * r * LANES, Vec{});
+    store(running + (2 * r + 1) * LANES, broadcast(LOWEST));
+  }
   for (int64_t m = begin; m < end; m += TILE_KEYS) {
     int32_t key[TILE_KEYS];
     for (int i = 0; i < TILE_KEYS; ++i) key[i] = static_cast<int32_t>(m + i);
@@ -140,7 +158,7 @@ void row_statistics(const Head& head, int64_t begin, int64_t end, const Bounds* 
       for (int i = 0; i < TILE_KEYS; ++i) bounds->at[row / GROUP_ROWS * bounds->stride + m + i] = -INFINITE;
     }
     for_each_tile<Source>(head, key, end - m, words, [&](int64_t row, const Tile& tile) {
-      for (int i = 0; i < TILE_ROWS; ++i) add_to_row(tile.at[i], max[row + i], sums + (row + i) * LANES);
+      for (int i = 0; i < TILE_ROWS; ++i) add_to_row(tile.at[i], max[row + i], running + 2 * (row + i) * LANES);
       if (bounds == nullptr) return;
       float* const at = bounds->at + row / GROUP_ROWS * bounds->stride + m;
       Vec top[TILE_VECS];
@@ -149,7 +167,7 @@ void row_statistics(const Head& head, int64_t begin, int64_t end, const Bounds* 
       store_columns(at, top);
     });
   }
-  for (int64_t r = 0; r < head.rows; ++r) sum[r] = sum_lanes(load(sums + r * LANES));
+  for (int64_t r = 0; r < head.rows; ++r) finish_row(running + 2 * r * LANES, max[r], sum[r]);
 }
 
 template <typename Source>

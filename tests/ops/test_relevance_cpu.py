@@ -157,12 +157,15 @@ def many_keys(kind, causal=False, keys=5000):
     elif kind == "equal keys":
         key[:] = key[:1]
         key_scale[:] = 1
+    elif kind == "rising":  # every row's maximum, all along the keys
+        query.abs_()
+        key.abs_().mul_(torch.linspace(0, 30, keys)[:, None, None])
     elif kind == "unseen":
         key_scale[keys // 5 : keys * 3 // 5] = 0
     return args
 
 
-KINDS = ["plain", "sharp", "unlike the sample", "one of a kind", "equal rows", "equal keys", "unseen"]
+KINDS = ["plain", "sharp", "unlike the sample", "one of a kind", "equal rows", "equal keys", "rising", "unseen"]
 
 
 @pytest.mark.parametrize("causal", [False, True])
