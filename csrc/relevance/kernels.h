@@ -73,4 +73,9 @@ namespace avx512_bf16 {
 const relevance::Kernels& relevance_kernels(relevance::Type type);
 }
 #endif
+#if QTS_AMX
+namespace amx_bf16 {
+const relevance::Kernels& relevance_kernels();  // of bf16
+}
+#endif
 }  // namespace qts

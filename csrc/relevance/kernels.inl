@@ -3,6 +3,7 @@
 #include "cpu/simd.inl"
 #include "cpu/transpose.inl"
 #include "relevance/pack.inl"
+#include "relevance/product.inl"
 
 namespace qts::QTS_ISA {
 namespace {
@@ -19,45 +20,18 @@ constexpr float INFINITE = __builtin_inff();
 // score's own term then puts the sum above 1 by more than rounding can take: no score exceeds its row's lse.
 constexpr float RISE = 8;
 
-// A tile of scores, one row of keys after another.
-struct alignas(64) Tile {
-  float at[TILE_ROWS][TILE_KEYS];
+// What a thread needs of the machine while it runs a kernel.
+struct Machine {
+#if defined(QTS_AMX_BF16)
+  struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } tiles;
+  Machine() { _tile_loadconfig(&tiles); }
+  ~Machine() { _tile_release(); }
+#endif
 };
-
-// What a panel of keys needs beside its packed words.
-struct alignas(64) Panel {
-  const uint32_t* words;
-  int64_t steps;
-  float factor[TILE_KEYS];  // scale * log2(e) * key_scale
-  int32_t key[TILE_KEYS];   // ascending; the largest integer, which no row sees, where there is no key
-};
-
-// tile = (packed query rows x packed panel) * factor. Rounded here, by itself, so that both passes see the same score
-// and no score exceeds its row's lse.
-template <typename Dot>
-__attribute__((noinline)) void product(const uint32_t* query, const Panel& panel, Tile& tile) {
-  Vec sum[TILE_ROWS][TILE_VECS] = {};
-  const uint32_t* key = panel.words;
-  for (int64_t step = 0; step < panel.steps; ++step) {
-    Vec k[TILE_VECS];
-#pragma GCC unroll 8
-    for (int j = 0; j < TILE_VECS; ++j) k[j] = load_as<Vec>(key + j * LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < TILE_ROWS; ++i) {
-      const Vec q = Dot::broadcast_word(query + i);
-#pragma GCC unroll 8
-      for (int j = 0; j < TILE_VECS; ++j) sum[i][j] = Dot::add(q, k[j], sum[i][j]);
-    }
-    query += TILE_ROWS;
-    key += TILE_KEYS;
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < TILE_VECS; ++j) {
-    const Vec factor = load(panel.factor + j * LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < TILE_ROWS; ++i) store(tile.at[i] + j * LANES, sum[i][j] * factor);
-  }
-}
 
 // -inf where the row does not see the key.
 void mask(const int32_t* limit, const Panel& panel, Tile& tile) {
@@ -146,6 +120,7 @@ QTS_INLINE void store_columns(float* to, const Vec (&from)[TILE_VECS]) {
 template <typename Source>
 void row_statistics(const Head& head, int64_t begin, int64_t end, const Bounds* bounds, uint32_t* words, float* running,
                     float* max, float* sum) {
+  [[maybe_unused]] const Machine machine;
   for (int64_t r = 0; r < head.rows; ++r) {
     max[r] = LOWEST;
     store(running + 2 * r * LANES, Vec{});
@@ -173,6 +148,7 @@ void row_statistics(const Head& head, int64_t begin, int64_t end, const Bounds* 
 template <typename Source>
 void column_max(const Head& head, const int32_t* key, int64_t n, const float* lse, uint32_t* words, float* best,
                 int64_t first_row, int64_t* best_row) {
+  [[maybe_unused]] const Machine machine;
   Vec top[TILE_VECS];
   load_columns(best, top);
   if (best_row == nullptr) {
@@ -202,6 +178,7 @@ void column_max(const Head& head, const int32_t* key, int64_t n, const float* ls
 
 template <typename Source>
 void column_sum(const Head& head, const int32_t* key, int64_t n, const float* lse, uint32_t* words, float* total) {
+  [[maybe_unused]] const Machine machine;
   for_each_tile<Source>(head, key, n, words, [&](int64_t row, const Tile& tile) {
     for (int j = 0; j < TILE_VECS; ++j) {
       Vec sum{};
@@ -231,10 +208,17 @@ constexpr relevance::Kernels kernels_of() {
 
 }  // namespace
 
+#if defined(QTS_AMX_BF16)
+const relevance::Kernels& relevance_kernels() {
+  static constexpr relevance::Kernels bf16 = kernels_of<Bf16>();
+  return bf16;
+}
+#else
 const relevance::Kernels& relevance_kernels(Type type) {
   static constexpr relevance::Kernels f32 = kernels_of<Float32>(), f16 = kernels_of<Converted<fp16>>(),
                                       bf16 = kernels_of<Bf16>();
   return type == Type::f32 ? f32 : type == Type::f16 ? f16 : bf16;
 }
+#endif
 
 }  // namespace qts::QTS_ISA
