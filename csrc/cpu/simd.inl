@@ -178,20 +178,24 @@ QTS_INLINE bool any_greater(Vec a, Vec b) {
 #endif
 }
 
-QTS_INLINE float max_lanes(Vec x) {
-  float lane[LANES];
-  store(lane, x);
-  for (int i = 1; i < LANES; ++i) lane[0] = lane[i] > lane[0] ? lane[i] : lane[0];
-  return lane[0];
+// Lane i + DISTANCE, around the end, in place of lane i.
+template <int DISTANCE, int... I>
+QTS_INLINE Vec rotate(Vec x, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(x, x, ((I + DISTANCE) % LANES)...);
 }
 
+template <int DISTANCE = LANES / 2>
+QTS_INLINE float max_lanes(Vec x) {
+  x = vmax(x, rotate<DISTANCE>(x, std::make_integer_sequence<int, LANES>{}));
+  if constexpr (DISTANCE > 1) return max_lanes<DISTANCE / 2>(x);
+  return x[0];
+}
+
+template <int DISTANCE = LANES / 2>
 QTS_INLINE float sum_lanes(Vec x) {
-  float lane[LANES];
-  store(lane, x);
-  for (int width = LANES / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
-  }
-  return lane[0];
+  x += rotate<DISTANCE>(x, std::make_integer_sequence<int, LANES>{});
+  if constexpr (DISTANCE > 1) return sum_lanes<DISTANCE / 2>(x);
+  return x[0];
 }
 
 }  // namespace

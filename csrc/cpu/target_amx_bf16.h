@@ -5,6 +5,8 @@
 #define QTS_ISA amx_bf16
 #define QTS_LANES 16
 #define QTS_AVX512
+#define QTS_AVX512_BF16
+#define QTS_AMX_BF16
 #if defined(__clang__)
 #pragma clang attribute push(                                                                 \
     __attribute__((                                                                           \

@@ -43,8 +43,8 @@ struct Kernels {
   void (*pack_query)(const char* from, int64_t head_dim, int64_t row, uint32_t* packed);
   // Over the keys begin <= m < end: max[r] = the largest score of row r (the lowest float where it sees no key) and
   // sum[r] = sum over m of 2^(s - max); and the bounds, unless null, for which begin is a multiple of tile_keys.
-  // `panel` is scratch of packed_words * tile_keys words, `sums` of rows * lanes floats.
-  void (*row_statistics)(const Head&, int64_t begin, int64_t end, const Bounds*, uint32_t* panel, float* sums,
+  // `panel` is scratch of packed_words * tile_keys words, `running` of 2 * rows * lanes floats.
+  void (*row_statistics)(const Head&, int64_t begin, int64_t end, const Bounds*, uint32_t* panel, float* running,
                          float* max, float* sum);
   // For n <= tile_keys keys of ascending index key[i]: best[i] = max(best[i], max over rows of s - lse[r]), and
   // row[i] = first_row + the first row that attains it. Given `row`, NaN stays NaN; without it NaN is passed over.
@@ -71,6 +71,11 @@ const relevance::Kernels& relevance_kernels(relevance::Type type);
 }
 namespace avx512_bf16 {
 const relevance::Kernels& relevance_kernels(relevance::Type type);
+}
+#endif
+#if QTS_AMX
+namespace amx_bf16 {
+const relevance::Kernels& relevance_kernels();  // of bf16
 }
 #endif
 }  // namespace qts

@@ -3,6 +3,7 @@
 #include "cpu/simd.inl"
 #include "cpu/transpose.inl"
 #include "relevance/pack.inl"
+#include "relevance/product.inl"
 
 namespace qts::QTS_ISA {
 namespace {
@@ -15,45 +16,22 @@ constexpr float LOWEST = -3.402823466e38f;
 constexpr float HIGHEST = 3.402823466e38f;
 constexpr float INFINITE = __builtin_inff();
 
-// A tile of scores, one row of keys after another.
-struct alignas(64) Tile {
-  float at[TILE_ROWS][TILE_KEYS];
-};
+// How far a row's maximum may rise, in powers of two, above the score that its exponentials are taken against. That
+// score's own term then puts the sum above 1 by more than rounding can take: no score exceeds its row's lse.
+constexpr float RISE = 8;
 
-// What a panel of keys needs beside its packed words.
-struct alignas(64) Panel {
-  const uint32_t* words;
-  int64_t steps;
-  float factor[TILE_KEYS];  // scale * log2(e) * key_scale
-  int32_t key[TILE_KEYS];   // ascending; the largest integer, which no row sees, where there is no key
+// What a thread needs of the machine while it runs a kernel.
+struct Machine {
+#if defined(QTS_AMX_BF16)
+  struct {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } tiles;
+  Machine() { _tile_loadconfig(&tiles); }
+  ~Machine() { _tile_release(); }
+#endif
 };
-
-// tile = (packed query rows x packed panel) * factor. Rounded here, by itself, so that both passes see the same score
-// and no score exceeds its row's lse.
-template <typename Dot>
-__attribute__((noinline)) void product(const uint32_t* query, const Panel& panel, Tile& tile) {
-  Vec sum[TILE_ROWS][TILE_VECS] = {};
-  const uint32_t* key = panel.words;
-  for (int64_t step = 0; step < panel.steps; ++step) {
-    Vec k[TILE_VECS];
-#pragma GCC unroll 8
-    for (int j = 0; j < TILE_VECS; ++j) k[j] = load_as<Vec>(key + j * LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < TILE_ROWS; ++i) {
-      const Vec q = Dot::broadcast_word(query + i);
-#pragma GCC unroll 8
-      for (int j = 0; j < TILE_VECS; ++j) sum[i][j] = Dot::add(q, k[j], sum[i][j]);
-    }
-    query += TILE_ROWS;
-    key += TILE_KEYS;
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < TILE_VECS; ++j) {
-    const Vec factor = load(panel.factor + j * LANES);
-#pragma GCC unroll 16
-    for (int i = 0; i < TILE_ROWS; ++i) store(tile.at[i] + j * LANES, sum[i][j] * factor);
-  }
-}
 
 // -inf where the row does not see the key.
 void mask(const int32_t* limit, const Panel& panel, Tile& tile) {
@@ -92,24 +70,35 @@ QTS_INLINE void for_each_tile(const Head& head, const int32_t* key, int64_t n, u
   }
 }
 
-// The softmax statistics of one row over one tile. The running maximum is the row's, not the lane's: it seldom rises,
-// so that a tile costs TILE_VECS exponentials and a branch, not one more exponential to rescale the sum.
-QTS_INLINE void add_to_row(const float* score, float& max, float* sums) {
+// The softmax statistics of one row over one tile: running[0] sums 2^(s - reference), running[1] is the maximum, lane
+// by lane. The reference is the row's, not the lane's, and follows the maximum loosely: a tile costs TILE_VECS
+// exponentials and a branch that is nearly always foreseen.
+QTS_INLINE void add_to_row(const float* score, float& reference, float* running) {
   Vec s[TILE_VECS];
   for (int j = 0; j < TILE_VECS; ++j) s[j] = load(score + j * LANES);
   Vec top = s[0];
   for (int j = 1; j < TILE_VECS; ++j) top = vmax(s[j], top);
-  Vec sum = load(sums);
-  if (any_greater(top, broadcast(max))) {
+  store(running + LANES, vmax(top, load(running + LANES)));
+  Vec sum = load(running);
+  if (any_greater(top, broadcast(reference + RISE))) {
     // Finite, so that an infinite score makes the sum infinite, not NaN.
-    float higher = max_lanes(vmax(top, broadcast(max)));
+    float higher = max_lanes(vmax(top, broadcast(reference)));
     higher = higher < HIGHEST ? higher : HIGHEST;
-    sum *= exp2(broadcast(max - higher));
-    max = higher;
+    sum *= exp2(broadcast(reference - higher));
+    reference = higher;
   }
-  const Vec m = broadcast(max);
+  const Vec m = broadcast(reference);
   for (int j = 0; j < TILE_VECS; ++j) sum += exp2(s[j] - m);
-  store(sums, sum);
+  store(running, sum);
+}
+
+// The row's maximum, in place of the reference, and the sum of 2^(s - max).
+QTS_INLINE void finish_row(const float* running, float& max, float& sum) {
+  const float reference = max, top = max_lanes(load(running + LANES));
+  max = top < HIGHEST ? top : HIGHEST;
+  float rescale[LANES];
+  store(rescale, exp2(broadcast(reference - max)));
+  sum = sum_lanes(load(running)) * rescale[0];
 }
 
 // top[j] = max(top[j], max over the tile's rows of s - less[i]); NaN is passed over.
@@ -129,10 +118,14 @@ QTS_INLINE void store_columns(float* to, const Vec (&from)[TILE_VECS]) {
 }
 
 template <typename Source>
-void row_statistics(const Head& head, int64_t begin, int64_t end, const Bounds* bounds, uint32_t* words, float* sums,
+void row_statistics(const Head& head, int64_t begin, int64_t end, const Bounds* bounds, uint32_t* words, float* running,
                     float* max, float* sum) {
-  for (int64_t r = 0; r < head.rows; ++r) max[r] = LOWEST;
-  for (int64_t i = 0; i < head.rows * LANES; ++i) sums[i] = 0;
+  [[maybe_unused]] const Machine machine;
+  for (int64_t r = 0; r < head.rows; ++r) {
+    max[r] = LOWEST;
+    store(running + 2 * r * LANES, Vec{});
+    store(running + (2 * r + 1) * LANES, broadcast(LOWEST));
+  }
   for (int64_t m = begin; m < end; m += TILE_KEYS) {
     int32_t key[TILE_KEYS];
     for (int i = 0; i < TILE_KEYS; ++i) key[i] = static_cast<int32_t>(m + i);
@@ -140,7 +133,7 @@ void row_statistics(const Head& head, int64_t begin, int64_t end, const Bounds* 
       for (int i = 0; i < TILE_KEYS; ++i) bounds->at[row / GROUP_ROWS * bounds->stride + m + i] = -INFINITE;
     }
     for_each_tile<Source>(head, key, end - m, words, [&](int64_t row, const Tile& tile) {
-      for (int i = 0; i < TILE_ROWS; ++i) add_to_row(tile.at[i], max[row + i], sums + (row + i) * LANES);
+      for (int i = 0; i < TILE_ROWS; ++i) add_to_row(tile.at[i], max[row + i], running + 2 * (row + i) * LANES);
       if (bounds == nullptr) return;
       float* const at = bounds->at + row / GROUP_ROWS * bounds->stride + m;
       Vec top[TILE_VECS];
@@ -149,12 +142,13 @@ void row_statistics(const Head& head, int64_t begin, int64_t end, const Bounds* 
       store_columns(at, top);
     });
   }
-  for (int64_t r = 0; r < head.rows; ++r) sum[r] = sum_lanes(load(sums + r * LANES));
+  for (int64_t r = 0; r < head.rows; ++r) finish_row(running + 2 * r * LANES, max[r], sum[r]);
 }
 
 template <typename Source>
 void column_max(const Head& head, const int32_t* key, int64_t n, const float* lse, uint32_t* words, float* best,
                 int64_t first_row, int64_t* best_row) {
+  [[maybe_unused]] const Machine machine;
   Vec top[TILE_VECS];
   load_columns(best, top);
   if (best_row == nullptr) {
@@ -184,6 +178,7 @@ void column_max(const Head& head, const int32_t* key, int64_t n, const float* ls
 
 template <typename Source>
 void column_sum(const Head& head, const int32_t* key, int64_t n, const float* lse, uint32_t* words, float* total) {
+  [[maybe_unused]] const Machine machine;
   for_each_tile<Source>(head, key, n, words, [&](int64_t row, const Tile& tile) {
     for (int j = 0; j < TILE_VECS; ++j) {
       Vec sum{};
@@ -213,10 +208,17 @@ constexpr relevance::Kernels kernels_of() {
 
 }  // namespace
 
+#if defined(QTS_AMX_BF16)
+const relevance::Kernels& relevance_kernels() {
+  static constexpr relevance::Kernels bf16 = kernels_of<Bf16>();
+  return bf16;
+}
+#else
 const relevance::Kernels& relevance_kernels(Type type) {
   static constexpr relevance::Kernels f32 = kernels_of<Float32>(), f16 = kernels_of<Converted<fp16>>(),
                                       bf16 = kernels_of<Bf16>();
   return type == Type::f32 ? f32 : type == Type::f16 ? f16 : bf16;
 }
+#endif
 
 }  // namespace qts::QTS_ISA

@@ -33,11 +33,19 @@ Type type_of(const Tensor& x) {
   }
 }
 
-const Kernels& kernels(Type type) {
-#if QTS_X86
-  if (isa() >= Isa::avx512_bf16) return avx512_bf16::relevance_kernels(type);
+const Kernels& kernels(const Input& in, const std::vector<Segment>& segments) {
+#if QTS_AMX
+  // A smaller head leaves most of a tile empty, and to wake the tiles takes as long as 100 kFLOP without them.
+  double flops = 0;
+  for (const Segment& s : segments) flops += 2.0 * in.heads * s.length * s.keys * in.head_dim;
+  if (isa() >= Isa::amx_bf16 && in.type == Type::bf16 && in.head_dim >= 32 && flops >= 1e5) {
+    return amx_bf16::relevance_kernels();
+  }
 #endif
-  return QTS_DISPATCH(relevance_kernels, type);
+#if QTS_X86
+  if (isa() >= Isa::avx512_bf16) return avx512_bf16::relevance_kernels(in.type);
+#endif
+  return QTS_DISPATCH(relevance_kernels, in.type);
 }
 
 Tensor with_contiguous_rows(const Tensor& x) {
@@ -129,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> relevance(Tensor query, Tensor key, std::opti
       std::fill_n(row_lse + h * input.query_rows + s.query_begin, s.length, -std::numeric_limits<float>::infinity());
     }
   }
-  Workspace workspace(input, kernels(type), mean, segments);
+  Workspace workspace(input, kernels(input, segments), mean, segments);
   workspace.row_statistics(row_lse);
   workspace.column_scores(score, row);
   return {scores, lse, argrow};

@@ -126,13 +126,14 @@ void Workspace::estimate_rows(const Segment& s) {
     for (int64_t m = 0; m < keys; ++m) key_scale[m] = in.key_scale[s.key_begin + m * step];
   }
   for_each_item(in.kv_heads * chunks, flops(), [&] {
-    return [&, panel = Buffer<uint32_t>(words * run.tile_keys), sums = Buffer<float>(s.rows * run.lanes)](int64_t i) {
+    return [&, panel = Buffer<uint32_t>(words * run.tile_keys),
+            running = Buffer<float>(2 * s.rows * run.lanes)](int64_t i) {
       Head sample = head(s, i / chunks);
       sample.limit = limits.get();
       sample.key_stride *= step;
       if (in.key_scale != nullptr) sample.key_scale = key_scale.get();
       const int64_t begin = i % chunks * chunk, end = std::min(begin + chunk, keys);
-      run.row_statistics(sample, begin, end, nullptr, panel.get(), sums.get(), maxima.get() + i * s.rows,
+      run.row_statistics(sample, begin, end, nullptr, panel.get(), running.get(), maxima.get() + i * s.rows,
                          totals.get() + i * s.rows);
     };
   });
@@ -158,13 +159,14 @@ void Workspace::row_statistics(float* lse_out) {
     }
   }
   for_each_item(work.size(), flops(), [&] {
-    return [&, panel = Buffer<uint32_t>(words * run.tile_keys), sums = Buffer<float>(rows * run.lanes)](int64_t i) {
+    return [&, panel = Buffer<uint32_t>(words * run.tile_keys),
+            running = Buffer<float>(2 * rows * run.lanes)](int64_t i) {
       const Segment& s = *work[i].segment;
       const int64_t kv = work[i].kv_head, begin = work[i].chunk * s.chunk, end = std::min(begin + s.chunk, s.keys);
       const int64_t at = s.partial + (kv * s.chunks + work[i].chunk) * s.rows;
       const Bounds bounds{estimate.get() + s.row + kv * s.rows,
                           bound.get() + s.bound + kv * s.groups * s.bound_stride, s.bound_stride};
-      run.row_statistics(head(s, kv), begin, end, s.groups > 0 ? &bounds : nullptr, panel.get(), sums.get(),
+      run.row_statistics(head(s, kv), begin, end, s.groups > 0 ? &bounds : nullptr, panel.get(), running.get(),
                          max.get() + at, sum.get() + at);
     };
   });

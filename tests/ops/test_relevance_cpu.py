@@ -2,6 +2,7 @@
 beyond it. Run as a script it makes the sweep alone, for the instruction set that QTS_CPU_ISA names."""
 
 import itertools
+import os
 import sys
 
 import pytest
@@ -18,6 +19,8 @@ from qts_kernels.testing import assert_within_budget, make_relevance_inputs, poi
 pytestmark = pytest.mark.skipif(_native.absent("_C") is not None, reason=str(_native.absent("_C")))
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# A head size for each at which the best copy of the code serves small problems too: AMX is left to heads from 32 on.
+HEAD_DIMS = {torch.float32: 8, torch.bfloat16: 36, torch.float16: 8}
 # Queries and keys of the segments, heads, key heads, head size: tails of tiles, panels, chunks and vectors.
 SHAPES = [
     ([1], [1], 1, 1, 1),
@@ -27,6 +30,10 @@ SHAPES = [
     ([1], [800], 14, 2, 64),
     ([4], [47], 2, 1, 129),
     ([130], [4100], 3, 1, 4),
+    ([5, 2], [70, 65], 8, 4, 72),
+    ([1], [129], 16, 2, 80),
+    ([17], [64], 3, 1, 100),
+    ([9, 40], [200, 3], 2, 2, 32),
 ]
 
 
@@ -80,7 +87,24 @@ def weights_at(args, argrow):
     return weights
 
 
+def check_subnormals():
+    """vdpbf16ps and the AMX tiles take subnormal bf16 for zero; the other copies don't."""
+    args = arguments(([30], [100], 4, 2, 64), torch.bfloat16)
+    args[0] *= 1e9
+    args[1][::3] *= 1e-39
+    tiny = args[1].float().abs() < torch.finfo(torch.bfloat16).tiny
+    assert tiny.any()
+    assert (args[1][tiny] != 0).any()
+    got = native(*args)
+    if os.environ.get("QTS_CPU_ISA") in ("avx512_bf16", "amx_bf16"):
+        args[1] = args[1].masked_fill(tiny, 0)
+        assert all(torch.equal(a, b) for a, b in zip(got, native(*args), strict=True))
+    else:
+        check(args)
+
+
 def sweep():
+    check_subnormals()
     options = itertools.product(DTYPES, SHAPES, ("max", "mean"), (False, True), (False, True), (None, "some"))
     for dtype, shape, reduce, causal, scaled, columns in options:
         if shape[1][0] > 1000 and (dtype == torch.float16 or scaled != causal):
@@ -88,7 +112,7 @@ def sweep():
         check(arguments(shape, dtype, reduce=reduce, causal=causal, scaled=scaled, columns=columns))
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
 def test_every_instruction_set_within_budget(isa):
     check_sweep(isa, __file__)
 
@@ -103,7 +127,7 @@ def test_an_unknown_instruction_set_raises():
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.integers(0, 120)), min_size=1, max_size=5),
     st.sampled_from([(1, 1), (2, 1), (5, 5), (6, 2)]),
-    st.integers(1, 40),
+    st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 72, 96, 100, 129])),
     st.sampled_from(DTYPES),
     st.sampled_from(["max", "mean"]),
     st.booleans(),
@@ -141,9 +165,9 @@ def test_columns_are_the_bits_of_the_whole(reduce):
         assert torch.equal(part[2], whole[2][1000:2500])
 
 
-def many_keys(kind, causal=False, keys=5000):
+def many_keys(kind, causal=False, keys=5000, dtype=torch.float32):
     """Enough keys and rows for the second pass to compute candidates alone."""
-    args = arguments(([32], [keys], 16, 2, 8), causal=causal)
+    args = arguments(([32], [keys], 16, 2, HEAD_DIMS[dtype]), dtype, causal=causal)
     query, key, key_scale = args[:3]
     if kind == "sharp":  # a row's weight lies on few keys
         query *= 8
@@ -157,19 +181,23 @@ def many_keys(kind, causal=False, keys=5000):
     elif kind == "equal keys":
         key[:] = key[:1]
         key_scale[:] = 1
+    elif kind == "rising":  # every row's maximum, all along the keys
+        query.abs_()
+        key.abs_().mul_(torch.linspace(0, 30, keys)[:, None, None])
     elif kind == "unseen":
         key_scale[keys // 5 : keys * 3 // 5] = 0
     return args
 
 
-KINDS = ["plain", "sharp", "unlike the sample", "one of a kind", "equal rows", "equal keys", "unseen"]
+KINDS = ["plain", "sharp", "unlike the sample", "one of a kind", "equal rows", "equal keys", "rising", "unseen"]
 
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("keys", [768, 1001, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_candidates_have_the_bits_of_every_row(kind, keys, causal):
-    args = many_keys(kind, causal, keys)
+def test_candidates_have_the_bits_of_every_row(kind, dtype, keys, causal):
+    args = many_keys(kind, causal, keys, dtype)
     check(args)
     whole, some = native(*args), keys * 12 // 25
     for begin in (0, some):  # less than half of the columns: every row is computed
@@ -234,8 +262,9 @@ def poisons():
 
 
 @pytest.mark.parametrize("reduce,causal,name,where,value", list(poisons()))
-def test_nan_and_infinity_go_where_the_reference_sends_them(reduce, causal, name, where, value):
-    args = arguments(([5, 2], [70, 20], 4, 2, 8), reduce=reduce, causal=causal)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinity_go_where_the_reference_sends_them(dtype, reduce, causal, name, where, value):
+    args = arguments(([5, 2], [70, 20], 4, 2, HEAD_DIMS[dtype]), dtype, reduce=reduce, causal=causal)
     args[{"query": 0, "key": 1, "key_scale": 2}[name]][where] = value
     got, want = native(*args), reference.relevance(*args)
     for ours, theirs in zip(got[:2], want[:2], strict=True):
