@@ -1,4 +1,4 @@
-// qts_kernels_native::relevance on the CPU. Two passes over the keys, in panels of some 50 that fit the L1 cache: the
+// qts_kernels_native::relevance on the CPU. Two passes over the keys, in panels of at most 64 that fit the L1 cache: the
 // first keeps each row's running maximum and sum, the second the best of s - lse[row] (or the sum of exponentials) of
 // each key. Scores exist a tile at a time.
 
@@ -33,14 +33,11 @@ Type type_of(const Tensor& x) {
   }
 }
 
-const Kernels& kernels(const Input& in, const std::vector<Segment>& segments) {
+// By what a video alone and in a batch have in common, so that both score the same to the last bit.
+const Kernels& kernels(const Input& in) {
 #if QTS_AMX
-  // A smaller head leaves most of a tile empty, and to wake the tiles takes as long as 100 kFLOP without them.
-  double flops = 0;
-  for (const Segment& s : segments) flops += 2.0 * in.heads * s.length * s.keys * in.head_dim;
-  if (isa() >= Isa::amx_bf16 && in.type == Type::bf16 && in.head_dim >= 32 && flops >= 1e5) {
-    return amx_bf16::relevance_kernels();
-  }
+  // A smaller head leaves most of a tile empty.
+  if (isa() >= Isa::amx_bf16 && in.type == Type::bf16 && in.head_dim >= 32) return amx_bf16::relevance_kernels();
 #endif
 #if QTS_X86
   if (isa() >= Isa::avx512_bf16) return avx512_bf16::relevance_kernels(in.type);
@@ -137,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> relevance(Tensor query, Tensor key, std::opti
       std::fill_n(row_lse + h * input.query_rows + s.query_begin, s.length, -std::numeric_limits<float>::infinity());
     }
   }
-  Workspace workspace(input, kernels(input, segments), mean, segments);
+  Workspace workspace(input, kernels(input), mean, segments);
   workspace.row_statistics(row_lse);
   workspace.column_scores(score, row);
   return {scores, lse, argrow};
