@@ -12,8 +12,6 @@ TRANSFORMERS_NEWEST := 5.23.0
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inl')
 # Tests that load a model in two processes at once run out of neither cores nor memory on the smallest machine.
 JOBS ?= 2
-# Half of the tests each, then what the slower one has left: files stay together, and with them what their tests share.
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: demo test test-dropin lint bench gpu gpu-peers miniworld miniworld-report wheel wheel-matrix doctor clean
 .DEFAULT_GOAL := demo
@@ -22,12 +20,12 @@ demo: $(VENV)/native  ## answer a question about a video, with and without selec
 	$(BIN)/qts demo
 
 test: $(VENV)/native  ## the whole test suite, the drop-ins on three transformers versions
-	$(PYTEST) tests
+	$(BIN)/python -m pytest tests -n $(JOBS)
 	$(MAKE) test-dropin
 
 test-dropin: $(VENV)/native $(VENV)/transformers-$(TRANSFORMERS_OLDEST) $(VENV)/transformers-$(TRANSFORMERS_NEWEST)
 	for version in $(TRANSFORMERS_OLDEST) $(TRANSFORMERS_NEWEST); do \
-	  PYTHONPATH=$(VENV)/transformers-$$version $(PYTEST) tests/video/dropin || exit; \
+	  PYTHONPATH=$(VENV)/transformers-$$version $(BIN)/python -m pytest tests/video/dropin -n $(JOBS) || exit; \
 	done
 
 lint: $(VENV)/python  ## ruff and the import rules
