@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Most of what is installed is never imported: bytecode is written when it is.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 TORCH ?= 2.11.0
 TRANSFORMERS ?= 5.17.0
 # The drop-ins are also tested on the oldest version that is supported and on the newest.

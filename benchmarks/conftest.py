@@ -26,6 +26,7 @@ SHORTEST_ROUND = 2e-4
 EXTRAS = (
     *("op", "shape", "who", "tokens", "floor_s", "peak_mb"),
     *("flop_ratio", "selection_share", "vision_s", "prefill_s", "first_token_s"),
+    *("kept", "decoupling_s", "scoring_s", "scorer_mb"),
 )
 
 

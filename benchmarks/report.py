@@ -35,8 +35,14 @@ def notes(row: Row) -> Iterator[str]:
         yield f"first token {row['first_token_s'] * 1e3:.0f} ms"
     if "vision_s" in row:
         yield f"vision tower {row['vision_s'] * 1e3:.0f} ms, prefill {row['prefill_s'] * 1e3:.0f} ms"
+    if "scoring_s" in row:
+        yield f"decoupling {row['decoupling_s'] * 1e3:.0f} ms, scoring {row['scoring_s'] * 1e3:.0f} ms"
+    if "kept" in row:
+        yield f"{row['kept']} tokens kept"
     if "peak_mb" in row:
         yield f"peak {row['peak_mb']} MB"
+    if "scorer_mb" in row:
+        yield f"besides the scorer's {row['scorer_mb']} MB"
     if "selection_share" in row:
         yield f"selection {row['selection_share']:.2%} of the prefill"
 

@@ -5,15 +5,17 @@ Nothing is downloaded: the configurations are those of the checkpoints, built on
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
+from qts_video import embedded
+from qts_video.adapters import find_adapter
 from torch import nn
 
 GPU = torch.cuda.is_available()
 IMAGE, VIDEO, START, END = 1000, 1001, 1002, 1003
-FRAME, COLON, NEWLINE, DIGITS = 1004, 1005, 1006, range(1010, 1020)
-"""Ids of placeholders and of what labels InternVL's frames; the words of a prompt are below."""
+"""Ids of placeholders, but for InternVL's, which its processor writes; the words of a prompt are below."""
 TEXT_TOKENS = 64
 
 
@@ -47,13 +49,13 @@ def names() -> list[str]:
 
 def build(name: str, device: str) -> nn.Module:
     """In bfloat16 on a GPU; on a CPU the small model of that family, in float32."""
-    model = made_on(device, lambda: _family(name)[0](_size(name)))
+    model = made_on(device, lambda: _family(name).build(_size(name)))
     model.generation_config.eos_token_id = None  # random weights must not stop early
     model.generation_config.pad_token_id = 0
     return model
 
 
-def made_on(device: str, make: Callable[[], nn.Module]) -> nn.Module:
+def made_on(device: torch.device | str, make: Callable[[], nn.Module]) -> nn.Module:
     """A model in eval mode, made on ``device`` from one seed: in bfloat16 on a GPU, else float32."""
     torch.manual_seed(0)
     before = torch.get_default_dtype()
@@ -67,7 +69,7 @@ def made_on(device: str, make: Callable[[], nn.Module]) -> nn.Module:
 
 def prompt(name: str, model: nn.Module, frames: int) -> dict[str, torch.Tensor]:
     """What the model is given for a film of ``frames`` frames and a question."""
-    ids, inputs = _family(name)[1](_size(name), frames)
+    ids, inputs = _family(name).prompt(_size(name), frames)
     ids = torch.tensor([[*range(1, 15), *ids, *range(20, 20 + TEXT_TOKENS)]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
     if "video_grid_thw" in inputs:
@@ -76,6 +78,19 @@ def prompt(name: str, model: nn.Module, frames: int) -> dict[str, torch.Tensor]:
         key: value.to(model.device, model.dtype) if key.startswith("pixel") else value.to(model.device)
         for key, value in inputs.items()
     }
+
+
+def processor(name: str) -> Any:
+    """Of the class of that model's family, over a vocabulary of a few hundred tokens."""
+    return _processor(_family(name).embedded)
+
+
+_processor = cache(embedded.build_processor)
+
+
+def vision_tokens(model: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """How many of a prompt are a film's."""
+    return int((inputs["input_ids"] == find_adapter(model).video_token_id(model)).sum())
 
 
 def _size(name: str) -> Size:
@@ -103,14 +118,24 @@ def _vision(size: Size, **more: Any) -> dict[str, Any]:
     return {**shape, "intermediate_size": inner, "patch_size": 14, **more}
 
 
+def mrope(size: Size) -> dict[str, Any]:
+    """The rotary axes of Qwen's models: time, rows and columns."""
+    half = size.width // size.heads // 2
+    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+    return {"type": "default", "rope_type": "default", "mrope_section": sections}
+
+
+def frames_of(name: str, frames: int) -> torch.Tensor:
+    """[F, 3, H, W] uint8 on the CPU: a film, as large as ``prompt`` says."""
+    pixels = _size(name).side * 14
+    return torch.randint(0, 256, (frames, 3, pixels, pixels), dtype=torch.uint8)
+
+
 def build_qwen(size: Size) -> nn.Module:
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     width, layers, heads, inner = size.vision
-    half = size.width // size.heads // 2
-    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
-    rope = {"type": "default", "rope_type": "default", "mrope_section": sections}
-    text = _text(size, rope_scaling=rope)
+    text = _text(size, rope_scaling=mrope(size))
     del text["model_type"]
     vision = {"depth": layers, "hidden_size": width, "intermediate_size": inner, "num_heads": heads}
     config = Qwen2_5_VLConfig(
@@ -169,7 +194,7 @@ def _build_internvl(size: Size) -> nn.Module:
     config = InternVLConfig(
         text_config=_text(size),
         vision_config=_vision(size, image_size=pixels, patch_size=[14, 14]),
-        image_token_id=IMAGE,
+        image_token_id=_processor("internvl").image_token_id,
         image_seq_length=(size.side // 2) ** 2,
         tie_word_embeddings=False,
     )
@@ -177,15 +202,25 @@ def _build_internvl(size: Size) -> nn.Module:
 
 
 def _prompt_internvl(size: Size, frames: int) -> tuple[list[int], dict[str, torch.Tensor]]:
-    pixels, tile = size.side * 14, [IMAGE] * (size.side // 2) ** 2
-    numbers = ([DIGITS[int(digit)] for digit in str(frame + 1)] for frame in range(frames))
-    ids = [token for number in numbers for token in (FRAME, *number, COLON, START, *tile, END, NEWLINE)]
-    return ids, {"pixel_values": torch.randn(frames, 3, pixels, pixels)}
+    pixels, writes = size.side * 14, _processor("internvl")
+    tile = writes.image_token * (size.side // 2) ** 2
+    text = "".join(f"Frame{frame + 1}: <img>{tile}</img>\n" for frame in range(frames))
+    return writes.tokenizer.encode(text), {"pixel_values": torch.randn(frames, 3, pixels, pixels)}
 
 
-def _family(name: str) -> tuple[Callable[[Size], nn.Module], Callable]:
-    return {
-        "Qwen2.5-VL": (build_qwen, _prompt_qwen),
-        "LLaVA-Video": (_build_llava, _prompt_llava),
-        "InternVL3": (_build_internvl, _prompt_internvl),
-    }[name.rpartition("-")[0]]
+class _Family(NamedTuple):
+    build: Callable[[Size], nn.Module]
+    prompt: Callable[[Size, int], tuple[list[int], dict[str, torch.Tensor]]]
+    embedded: str
+    """The model with the same classes, of ``qts_video.embedded``."""
+
+
+FAMILIES = {
+    "Qwen2.5-VL": _Family(build_qwen, _prompt_qwen, "qwen2_5_vl"),
+    "LLaVA-Video": _Family(_build_llava, _prompt_llava, "llava_onevision"),
+    "InternVL3": _Family(_build_internvl, _prompt_internvl, "internvl"),
+}
+
+
+def _family(name: str) -> _Family:
+    return FAMILIES[name.rpartition("-")[0]]

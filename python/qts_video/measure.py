@@ -57,20 +57,35 @@ def measure(model: torch.nn.Module) -> Iterator[Measurement]:
 def _time(
     watch: Stopwatch, stage: str, module: torch.nn.Module, device: torch.device, once: bool = False
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    done = False
+    done, depth = False, 0
+
+    def enter(*_: object) -> None:
+        nonlocal depth
+        depth += 1
 
     def before(*_: object) -> None:
-        if not (once and done):
+        if depth == 1 and not (once and done):
             watch.start(stage, device)
 
     def after(*_: object) -> None:
         nonlocal done
-        if not (once and done):
+        if depth == 1 and not (once and done):
             watch.stop(stage, device)
-        done = True  # a call that was left early, as FlexSelect's scoring leaves it, does not come here
+            done = True  # a call that was left early does not come here
 
-    # Innermost of all hooks, so that the work of a selector's own hooks on the decoder is not in "prefill".
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after, prepend=True)]
+    def leave(*_: object) -> None:
+        nonlocal depth
+        depth -= 1
+
+    # A selector's own hooks on the decoder are not in "prefill": before and after are the innermost of all hooks. Nor
+    # are the calls that it makes there, to score (FlexSelect leaves one early) or to ask of the question (QuoTA): these
+    # are inside of the prefill's, from enter to leave, the outermost.
+    return [
+        module.register_forward_pre_hook(enter, prepend=True),
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, prepend=True),
+        module.register_forward_hook(leave, always_call=True),
+    ]
 
 
 @contextmanager
@@ -79,7 +94,7 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], int | None]]:
     the GPU, else of the process (looked at every 2 ms); None where the system does not tell."""
     if device.type == "cuda":
         start = torch.cuda.memory_allocated(device)
-        torch.cuda.resetpeak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - start
         return
     _return_freed_memory()

@@ -104,6 +104,22 @@ def test_native_has_the_bits_of_the_reference(seed):
     assert torch.equal(*results)
 
 
+@NATIVE
+def test_threads_share_the_segments():
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(0, 700, (60,), generator=generator).tolist()
+    weights, total = torch.rand(sum(lengths), generator=generator), torch.full((60,), 5000)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            with backends.force("native", "allocate_tokens"), poisoned_memory():
+                results.append(qts_kernels.allocate_tokens(weights, total, cu_seqlens=ragged_cu_seqlens(lengths)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 def test_segments_do_not_see_one_another(device):
     lengths, totals = [5, 0, 1, 300, 2], [7, 9, 3, 1000, 0]
     weights = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(0)).to(device)

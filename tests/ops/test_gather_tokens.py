@@ -44,6 +44,20 @@ def test_rows_of_any_dtype_and_shape(device, dtype, shape):
     assert same_bytes(got, oracle(x, indices))
 
 
+@NATIVE
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_threads_share_the_rows(threads):
+    x, before = draw((5000, 300), torch.float32), torch.get_num_threads()
+    indices = torch.randint(-1, 5000, (9001,), generator=torch.Generator().manual_seed(1))
+    try:
+        torch.set_num_threads(threads)
+        with backends.force("native", "gather_tokens"), poisoned_memory():
+            got = qts_kernels.gather_tokens(x, indices)
+    finally:
+        torch.set_num_threads(before)
+    assert same_bytes(got, x[indices].masked_fill_((indices < 0).unsqueeze(1), 0))
+
+
 def test_every_bit_pattern_is_kept(device):
     """NaN payloads and the sign of zero too: a gather copies bytes."""
     bits = torch.tensor([0x7FC00001, -0x3FFFFF, -(2**31), 1], dtype=torch.int32, device=device)

@@ -6,11 +6,15 @@ import shutil
 import sys
 import venv
 import zipfile
+from collections.abc import Iterable
+from importlib import metadata
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
 import torch
 from builds import copy_checkout, run
+from packaging.requirements import Requirement
 
 OTHER_TORCH = "2.13.0"
 
@@ -36,12 +40,47 @@ def wheel(tmp_path_factory) -> Path:
     return repaired
 
 
-def environment(path: Path, *packages: str) -> Path:
-    """A new virtual environment with ``packages``; its python."""
+def environment(path: Path, *packages: str, present: Iterable[metadata.Distribution] = ()) -> Path:
+    """A new virtual environment with ``packages``; its python. Those ``present`` are there before pip is asked."""
     venv.create(path, with_pip=True)
     python = path / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", *packages, cwd=path)
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=path).strip())
+    for distribution in present:
+        share(distribution, site)
+    install(python, *packages)
     return python
+
+
+def install(python: Path, *packages: str | Path) -> None:
+    # What is never imported need not become bytecode.
+    run(python, "-m", "pip", "install", "--quiet", "--no-compile", *packages, cwd=python.parent)
+
+
+def with_what_they_need(*names: str) -> list[metadata.Distribution]:
+    """The distributions ``names`` and all that they ask for, as they are installed here."""
+    found, ahead = {}, [Requirement(name) for name in names]
+    while ahead:
+        wanted = ahead.pop()
+        of_this = found.setdefault(wanted.name, metadata.distribution(wanted.name))
+        extras = [{"extra": extra} for extra in ("", *wanted.extras)]
+        asked = map(Requirement, of_this.requires or ())
+        asked = [of for of in asked if of.marker is None or any(map(of.marker.evaluate, extras))]
+        ahead += [of for of in asked if of.extras or of.name not in found]
+    return list(found.values())
+
+
+def share(distribution: metadata.Distribution, site: Path) -> None:
+    """The files that pip has unpacked into this environment, once more in another: links, as they are gigabytes."""
+    here = Path(distribution.locate_file(""))
+    files = [here / file for file in distribution.files if ".." not in file.parts]  # no scripts: nothing here runs them
+    bytecode = (Path(cache_from_source(file)) for file in files if file.suffix == ".py")
+    for source in {*files, *filter(Path.exists, bytecode)}:
+        target = site / source.relative_to(here)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.hardlink_to(source)
+        except OSError:  # another file system
+            shutil.copy2(source, target)
 
 
 REPORT = """
@@ -73,7 +112,8 @@ def test_runs_in_a_clean_environment(wheel, tmp_path):
     import transformers
 
     versions = [f"{m.__name__}=={m.__version__.split('+')[0]}" for m in (torch, torchvision, transformers)]
-    python = environment(tmp_path / "venv", f"{wheel}[video]", *versions)
+    present = with_what_they_need("torch", "torchvision")
+    python = environment(tmp_path / "venv", f"{wheel}[video]", *versions, present=present)
     assert "['native']" in run(python, "-c", REPORT, cwd=tmp_path)
     table = run(tmp_path / "venv" / "bin" / "qts", "demo", cwd=tmp_path)
     _, asked, right, *_ = re.search(r"^right .*$", table, re.MULTILINE).group().split()
@@ -83,7 +123,7 @@ def test_runs_in_a_clean_environment(wheel, tmp_path):
 
 def test_loads_in_another_torch(wheel, tmp_path):
     python = environment(tmp_path / "venv", f"torch=={OTHER_TORCH}", "numpy", "safetensors")
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=tmp_path)
+    install(python, "--no-deps", wheel)
     out = run(python, "-c", REPORT, cwd=tmp_path)
     assert out.startswith(OTHER_TORCH)
     assert "['native']" in out

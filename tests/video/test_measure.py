@@ -51,6 +51,25 @@ def test_a_call_that_is_left_is_not_the_prefill(model):
     assert took.prefill > 0
 
 
+def test_a_call_inside_of_the_prefill_is_not_the_prefill(model):
+    """QuoTA has the model say what frames must show, before the prefill that it shortens."""
+    ids, decoder, inside = torch.arange(10)[None] + 5, model.get_decoder(), []
+
+    def ask(*_: object) -> None:
+        if not inside:
+            inside.append(True)
+            model(input_ids=ids)
+            model(input_ids=ids)
+            inside.append(took._stopwatch.seconds().get("prefill"))
+
+    hook = decoder.register_forward_pre_hook(ask)
+    with measure(model) as took, torch.no_grad():
+        model(input_ids=ids)
+    hook.remove()
+    assert inside == [True, None]
+    assert took.prefill > 0
+
+
 def test_hooks_go_when_the_call_fails(model):
     before = hooks(model)
     with pytest.raises(RuntimeError, match="mine"), measure(model):
