@@ -29,6 +29,7 @@ from qts_kernels.ops.relevance.triton_tiles import (
     LOG2_E,
     PACKED,
     copy_rows,
+    key_block,
     key_tiles,
     packed_rows,
     packed_start,
@@ -55,11 +56,7 @@ def _see(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of keys into each row's running maximum, of logits over ``factor``, and sum of exponentials."""
-    offset = tl.arange(0, BLOCK_KEYS)
-    position = start + offset
-    if MASKED:
-        offset = tl.minimum(position, last) - start
-    key += tl.cast(start, tl.int64) * key_stride
+    key, position, offset = key_block(key, start, last, key_stride, MASKED, BLOCK_KEYS)
     logits = product(query_tile, query, query_offsets, key, offset * key_stride, HEAD_DIM, DEPTH, PRECISION)
     if HAS_SCALE:
         logits *= tl.load(key_scale + start + offset)[None, :]

@@ -27,6 +27,7 @@ from qts_kernels.ops.relevance.triton_tiles import (
     PACKED,
     copy_rows,
     gradient_tiles,
+    key_block,
     load_tile,
     packed_rows,
     packed_start,
@@ -144,11 +145,7 @@ def _row_step(
     BLOCK_KEYS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to the gradients of a tile of rows; with SUM_ONLY to c."""
-    offset = tl.arange(0, BLOCK_KEYS)
-    position = start + offset
-    if MASKED:
-        offset = tl.minimum(position, last) - start
-    key += tl.cast(start, tl.int64) * key_stride
+    key, position, offset = key_block(key, start, last, key_stride, MASKED, BLOCK_KEYS)
     key_tile = load_tile(key, offset * key_stride, part, HEAD_DIM, DEPTH)
     if HEAD_DIM <= DEPTH:
         logits = tl.dot(query_tile, tl.trans(key_tile), input_precision=PRECISION)

@@ -117,6 +117,17 @@ def packed_rows(query: Tensor, kv_heads: int, segments: int) -> int:
 
 
 @triton.jit
+def key_block(key, start, last, key_stride, MASKED: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """Keys from ``start`` on: the address of the first, their positions, and how far each is from it. Where MASKED,
+    those behind the last repeat it."""
+    offset = tl.arange(0, BLOCK_KEYS)
+    position = start + offset
+    if MASKED:
+        offset = tl.minimum(position, last) - start
+    return key + tl.cast(start, tl.int64) * key_stride, position, offset
+
+
+@triton.jit
 def load_tile(base, offsets, part, HEAD_DIM: tl.constexpr, DEPTH: tl.constexpr):
     """[len(offsets), DEPTH] of the rows at ``offsets``; zeros behind the head size."""
     depth = part * DEPTH + tl.arange(0, DEPTH)
