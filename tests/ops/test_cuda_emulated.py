@@ -29,16 +29,12 @@ sys.exit(status)
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on the PATH")
 
 
-def load(name: str):
-    spec = importlib.util.spec_from_file_location(f"cuda_emulator_{name}", HERE / "cuda_emulator" / f"{name}.py")
+@pytest.fixture(scope="module")
+def builder():
+    spec = importlib.util.spec_from_file_location("cuda_emulator_build", HERE / "cuda_emulator" / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(scope="module")
-def builder():
-    return load("build")
 
 
 def test_the_reencoder_on_emulated_kernels(builder, tmp_path):

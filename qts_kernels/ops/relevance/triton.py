@@ -31,6 +31,7 @@ from qts_kernels.ops.relevance.triton_tiles import (
     copy_rows,
     key_block,
     key_tiles,
+    packed_block,
     packed_rows,
     packed_start,
     precision,
@@ -134,16 +135,12 @@ def _combine_statistics(
 ):  # fmt: skip
     """From the statistics of the chunks lse [H, Tq] and, packed and in base 2, what the scores' logits are taken less;
     and the packed copy of the query."""
-    block = tl.program_id(0) // KV_HEADS
-    kv_head = tl.program_id(0) % KV_HEADS
-    segment = segment_of_block(cu_seqlens_q, segments, block * BLOCK_ROWS // PACKED, PACKED, GROUP)
-    first_row, length = segment_bounds(cu_seqlens_q, segment, rows)
+    segment, first_row, length, kv_head, row, packed = packed_block(
+        cu_seqlens_q, rows, segments, packed_rows, GROUP, KV_HEADS, PACKED, BLOCK_ROWS
+    )
     _, available = segment_bounds(cu_seqlens_k, segment, keys)
     splits = tl.cdiv(available, chunk)
-    packed = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row = packed - packed_start(first_row, segment, GROUP, PACKED)
     inside = row < length * GROUP
-    packed += kv_head.to(tl.int64) * packed_rows
     stride = packed_rows.to(tl.int64) * KV_HEADS
     maximum = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
     for first in range(0, splits, BLOCK_SPLITS):

@@ -29,6 +29,7 @@ from qts_kernels.ops.relevance.triton_tiles import (
     gradient_tiles,
     key_block,
     load_tile,
+    packed_block,
     packed_rows,
     packed_start,
     precision,
@@ -90,13 +91,9 @@ def _pack(
     BLOCK_ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Packed copies of the query and, in base 2, of lse: +inf, a weight of 0, where a row sees no key or is none."""
-    block = tl.program_id(0) // KV_HEADS
-    kv_head = tl.program_id(0) % KV_HEADS
-    segment = segment_of_block(cu_seqlens_q, segments, block * BLOCK_ROWS // PACKED, PACKED, GROUP)
-    first_row, length = segment_bounds(cu_seqlens_q, segment, rows)
-    packed = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row = packed - packed_start(first_row, segment, GROUP, PACKED)
-    packed += kv_head.to(tl.int64) * packed_rows
+    _, first_row, length, kv_head, row, packed = packed_block(
+        cu_seqlens_q, rows, segments, packed_rows, GROUP, KV_HEADS, PACKED, BLOCK_ROWS
+    )
     token, head = row_heads(row, tl.maximum(length, 1), GROUP)
     head += kv_head * GROUP
     inside = row < length * GROUP
@@ -254,14 +251,10 @@ def _sum_splits(
 ):  # fmt: skip
     """out [Tq, H, WIDTH] from partial [split, KV, packed rows, WIDTH] in ascending order of splits; or packed as well,
     then with zeros where there is no row."""
-    block = tl.program_id(0) // KV_HEADS
-    kv_head = tl.program_id(0) % KV_HEADS
-    segment = segment_of_block(cu_seqlens_q, segments, block * BLOCK_ROWS // PACKED, PACKED, GROUP)
-    first_row, length = segment_bounds(cu_seqlens_q, segment, rows)
+    segment, first_row, length, kv_head, row, packed = packed_block(
+        cu_seqlens_q, rows, segments, packed_rows, GROUP, KV_HEADS, PACKED, BLOCK_ROWS
+    )
     _, available = segment_bounds(cu_seqlens_k, segment, keys)
-    packed = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    row = packed - packed_start(first_row, segment, GROUP, PACKED)
-    packed += kv_head.to(tl.int64) * packed_rows
     column = tl.arange(0, BLOCK_WIDTH)
     known = (column < WIDTH)[None, :] & (row < length * GROUP)[:, None]
     result = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qts_kernels.ops import _triton_common as common
+from qts_kernels.ops._triton_common import segment_bounds, segment_of_block
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -109,6 +110,22 @@ def row_heads(row, length, GROUP: tl.constexpr):
 def packed_start(first_row, segment, GROUP: tl.constexpr, PACKED: tl.constexpr):
     """Where the rows of a segment start in the packed order."""
     return (first_row * GROUP // PACKED + segment) * PACKED
+
+
+@triton.jit
+def packed_block(
+    cu_seqlens_q, rows, segments, packed_rows,
+    GROUP: tl.constexpr, KV_HEADS: tl.constexpr, PACKED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """What a program works on that takes BLOCK_ROWS packed rows of one key head: its segment with the first row and
+    length of that, the key head, the rows counted within the segment, and where they lie in the packed order."""
+    block = tl.program_id(0) // KV_HEADS
+    kv_head = tl.program_id(0) % KV_HEADS
+    segment = segment_of_block(cu_seqlens_q, segments, block * BLOCK_ROWS // PACKED, PACKED, GROUP)
+    first_row, length = segment_bounds(cu_seqlens_q, segment, rows)
+    packed = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = packed - packed_start(first_row, segment, GROUP, PACKED)
+    return segment, first_row, length, kv_head, row, packed + kv_head.to(tl.int64) * packed_rows
 
 
 def packed_rows(query: Tensor, kv_heads: int, segments: int) -> int:
