@@ -1,6 +1,7 @@
 """A clock of the GPU's own time, for pytest-benchmark."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
@@ -19,7 +20,7 @@ class GpuClock:
 
     def __init__(self, device: str = "cuda") -> None:
         self._now = 0.0
-        self._scrub = torch.empty(SCRUB_BYTES, dtype=torch.int8, device=device)
+        self._scrub = _scrub(device)
 
     def __call__(self) -> float:
         """Seconds, since the clock was made, that timed calls took."""
@@ -40,9 +41,16 @@ class GpuClock:
         return call
 
 
+@cache
+def _scrub(device: str) -> torch.Tensor:
+    """One for all clocks: pytest keeps those of past benchmarks."""
+    return torch.empty(SCRUB_BYTES, dtype=torch.int8, device=device)
+
+
 def captured(run: Callable[[], object]) -> Callable[[], None]:
     """The replay of a CUDA graph of ``run``. Raises where ``run`` synchronises or can't be captured otherwise."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
