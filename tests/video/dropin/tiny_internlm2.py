@@ -119,7 +119,7 @@ class InternLM2Model(InternLM2PreTrainedModel):
         if past_key_values is None and use_cache is not False:
             past_key_values = DynamicCache()
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        columns = torch.arange(past, past + hidden_states.shape[1])
+        columns = torch.arange(past, past + hidden_states.shape[1], device=hidden_states.device)
         position_ids = columns[None] if position_ids is None else position_ids
         attention_mask = make_mask(attention_mask, columns, past_key_values)
         for layer in self.layers:
@@ -140,7 +140,7 @@ def make_mask(mask, columns, cache):
     slots = int(columns[-1]) + 1
     if cache is not None and cache.is_compileable:
         slots = cache.get_max_length() if hasattr(cache, "get_max_length") else cache.get_max_cache_shape()
-    slots = torch.arange(slots)
+    slots = torch.arange(slots, device=columns.device)
     causal = slots <= columns[:, None]
     if mask is not None:
         seen = nn.functional.pad(mask.bool(), (0, len(slots) - mask.shape[1]))
