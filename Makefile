@@ -13,7 +13,7 @@ NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -nam
 # Tests that load a model in two processes at once run out of neither cores nor memory on the smallest machine.
 JOBS ?= 2
 
-.PHONY: demo test test-dropin lint bench gpu gpu-peers miniworld miniworld-report wheel wheel-matrix doctor clean
+.PHONY: demo test test-dropin lint bench gpu gpu-rehearsal gpu-peers miniworld miniworld-report wheel wheel-matrix doctor clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/native  ## answer a question about a video, with and without selection
@@ -48,6 +48,11 @@ miniworld-report: $(VENV)/native  ## what selection costs in answers: tables in 
 STEPS ?= build tests sanitize benchmarks models
 gpu:  ## on a GPU machine: build, test, sanitize, benchmark, in one call
 	bash benchmarks/gpu.sh $(STEPS)
+
+# Not those of the CPU alone, nor the growth to a million tokens.
+gpu-rehearsal: $(VENV)/native  ## the benchmarks of a GPU on a pretended one: which rows would be lost there
+	PYTHONPATH=tests:benchmarks $(BIN)/python -m pytest -p pretended_gpu.rehearsal benchmarks --benchmark-only \
+	  $(foreach name,every_size threads growth,--ignore benchmarks/test_$(name).py)
 
 gpu-peers:  ## the peers of those benchmarks as wheels in .whl/, for a GPU machine without a network
 	bash benchmarks/peers.sh
