@@ -126,8 +126,9 @@ def test_merge_tokens(timed, device, dtype, who):
             torch.testing.assert_close(found[0].double(), exact[0], rtol=tolerance, atol=tolerance)
     elif dtype == "fp32":
         released = qts_kernels.merge_tokens(frames, device_counts, max_tokens=rows, compat=True)[0]
-        differs = (runs[who]() - released).abs().amax(1) > 1e-4
-        assert differs.float().mean() < 0.01  # where two similarities tie but for rounding
+        agrees = torch.isclose(runs[who](), released, rtol=1e-4, atol=1e-4).all(1).double().mean()
+        # Among all frames some similarities tie but for rounding.
+        assert agrees == 1 if some < FRAMES else agrees > 0.99
     timed("merge_tokens", f"{dtype} {some}x{SIDE * SIDE}x{COLUMNS}", who, runs[who], graph=False)
 
 
